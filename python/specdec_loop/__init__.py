@@ -1,0 +1,17 @@
+"""The reference decoding loop: speculative decoding of any Hugging Face causal LM with specdec_kernels' ops."""
+
+from .drafters import Draft, Drafter, ModelDrafter, NoDrafter, Tree
+from .generate import Generated, autoregressive, generate
+from .statistics import Statistics
+
+__all__ = [
+    "Draft",
+    "Drafter",
+    "Generated",
+    "ModelDrafter",
+    "NoDrafter",
+    "Statistics",
+    "Tree",
+    "autoregressive",
+    "generate",
+]

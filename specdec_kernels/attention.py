@@ -1,0 +1,162 @@
+"""Attention of a tree of draft nodes against a long KV cache."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from . import backends, library
+from .checks import DEBUG, INT32, INT64, REFERENCE_FLOATS, check_int, check_tensor, check_values
+from .reference import attention as reference
+from .trees import check_tree
+from .types import DraftTree
+
+_SCHEMA = (
+    "(Tensor query, Tensor key_cache, Tensor value_cache, Tensor parents, Tensor cu_nodes, int max_nodes, "
+    "Tensor prefix_lens, Tensor? block_table, Tensor? mask_bits, float scale, int window, float softcap, "
+    "Tensor? sinks, Tensor? k_scale, Tensor? v_scale, bool return_lse) -> (Tensor out, Tensor lse)"
+)
+# Eight-bit caches need k_scale and v_scale to mean anything, but 1 is a scale too.
+_CACHE_DTYPES = (*REFERENCE_FLOATS, torch.float8_e4m3fn, torch.float8_e5m2, torch.int8)
+
+
+def _fake(query, key_cache, value_cache, *rest):
+    nodes, heads, _ = query.shape
+    exact = torch.float64 if query.dtype is torch.float64 else torch.float32
+    return (
+        query.new_empty((nodes, heads, value_cache.shape[-1])),
+        query.new_empty((nodes, heads if rest[-1] else 0), dtype=exact),
+    )
+
+
+library.declare("tree_attention", _SCHEMA, reference=reference.tree_attention, fake=_fake)
+
+
+def tree_attention(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    tree: DraftTree,
+    prefix_lens: Tensor,
+    *,
+    block_table: Tensor | None = None,
+    mask_bits: Tensor | None = None,
+    scale: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    k_scale: float | Tensor | None = None,
+    v_scale: float | Tensor | None = None,
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Each draft node attends to the committed prefix, to its ancestors and to itself.
+
+    The keys and values of the tree already stand in the cache: node j of request b at slot `prefix_lens[b] + j`.
+    Slots that no node of a request sees never change its result, whatever they hold. Query head h reads KV head
+    `h // (Hq / Hkv)`. Sums are kept in fp32 (fp64 where the query is fp64).
+
+    Args:
+        query: [N, Hq, D] fp32, bf16, fp16 or fp64, one row for each node.
+        key_cache: [B, Hkv, L, D] with any strides or, with `block_table`, [blocks, block_size, Hkv, D]; a float dtype,
+            fp8 (e4m3fn, e5m2) or int8.
+        value_cache: as key_cache, the last dimension Dv may differ from D.
+        tree: the packed trees; parents [N], cu_nodes [B+1] and max_nodes are read.
+        prefix_lens: [B] int32, committed slots of each request; 0 is allowed.
+        block_table: [B, M] int32, physical block of each logical block of a request; entries behind its last slot are
+            not read.
+        mask_bits: [N, ceil(max_nodes/64)] int64, replaces the ancestor bits: bit j of row i's words says whether node
+            i sees node j of its tree (several parents, bidirectional blocks). All of the prefix stays visible.
+        scale: factor on q.k (default 1/sqrt(D)).
+        window: a key is seen only if the query's position is less than `window` ahead of its own. Positions, not
+            slots: `prefix_len + depth` for a node, s for prefix slot s. None: no window.
+        softcap: scores become `softcap * tanh(score / softcap)` before the mask (Gemma 2). None: off.
+        sinks: [Hq] float, one more logit in each head's softmax denominator (GPT-OSS).
+        k_scale: number or [Hkv] float tensor; what key_cache holds times this is the key.
+        v_scale: the same for values.
+        return_lse: also return the logarithm of each softmax denominator, sinks included.
+        backend: force `reference`, `cpu`, `triton` or `cuda`.
+
+    Returns:
+        [N, Hq, Dv] in the query's dtype; with `return_lse` also [N, Hq] fp32 (fp64 where the query is fp64). A row
+        that sees no key (mask_bits may do that) is 0, its lse -inf or the sink.
+
+    Raises:
+        TypeError, ValueError: an argument that does not fit; names it, what came and what was expected. Checks of
+            values (prefix_lens, block_table) run under SPECDEC_DEBUG=1.
+        BackendError: `backend` cannot serve the call.
+    """
+    sizes: dict[str, int] = {}
+    check_tensor("query", query, sizes, "N Hq D", REFERENCE_FLOATS)
+    device = query.device
+    paged = block_table is not None
+    names = "blocks block_size Hkv {}" if paged else "B Hkv L {}"
+    check_tree(tree, sizes, device)
+    check_tensor("prefix_lens", prefix_lens, sizes, "B", INT32, device)
+    check_tensor("key_cache", key_cache, sizes, names.format("D"), _CACHE_DTYPES, device)
+    check_tensor("value_cache", value_cache, sizes, names.format("Dv"), _CACHE_DTYPES, device)
+    if value_cache.dtype != key_cache.dtype:
+        raise TypeError(f"value_cache: expected the dtype of key_cache, {key_cache.dtype}, got {value_cache.dtype}")
+    if sizes["Hkv"] < 1 or sizes["Hq"] % sizes["Hkv"]:
+        raise ValueError(f"query: expected Hq to be a multiple of Hkv={sizes['Hkv']}, got Hq={sizes['Hq']}")
+    if sizes["D"] < 1:
+        raise ValueError(f"query: expected D >= 1, got {list(query.shape)}")
+    if paged:
+        check_tensor("block_table", block_table, sizes, "B M", INT32, device)
+        if sizes["block_size"] < 1:
+            raise ValueError(f"key_cache: expected block_size >= 1, got {list(key_cache.shape)}")
+    if mask_bits is not None:
+        sizes["W"] = (tree.max_nodes + 63) // 64
+        check_tensor("mask_bits", mask_bits, sizes, "N W", INT64, device)
+    if window is not None:
+        check_int("window", window, 1)
+    scale = _number("scale", 1.0 / math.sqrt(sizes["D"]) if scale is None else scale)
+    softcap = 0.0 if softcap is None else _number("softcap", softcap)
+    if softcap < 0:
+        raise ValueError(f"softcap: expected a number >= 0 or None, got {softcap}")
+    if sinks is not None:
+        check_tensor("sinks", sinks, sizes, "Hq", REFERENCE_FLOATS, device)
+    k_scale = _head_scale("k_scale", k_scale, sizes, query)
+    v_scale = _head_scale("v_scale", v_scale, sizes, query)
+    if DEBUG:
+        _debug_checks(tree, prefix_lens, block_table, sizes)
+    facts = {"dtype": query.dtype, "cache_dtype": key_cache.dtype, "sizes": (sizes["D"], sizes["Dv"])}
+    op = library.overload("tree_attention", backends.select("tree_attention", device.type, backend, **facts))
+    out, lse = op(
+        query, key_cache, value_cache, tree.parents, tree.cu_nodes, tree.max_nodes, prefix_lens, block_table, mask_bits,
+        scale, window or 0, softcap, sinks, k_scale, v_scale, return_lse,
+    )  # fmt: skip
+    return (out, lse) if return_lse else out
+
+
+def _number(name: str, value) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+    if not math.isfinite(value):
+        raise ValueError(f"{name}: expected a finite number, got {value}")
+    return float(value)
+
+
+def _head_scale(name: str, value, sizes: dict[str, int], query: Tensor) -> Tensor | None:
+    """[Hkv] fp32 of a number or a tensor; filled on the device, so that nothing synchronises."""
+    if value is None:
+        return None
+    if isinstance(value, Tensor):
+        check_tensor(name, value, sizes, "Hkv", REFERENCE_FLOATS, query.device)
+        return value
+    return torch.full((sizes["Hkv"],), _number(name, value), dtype=torch.float32, device=query.device)
+
+
+def _debug_checks(tree: DraftTree, prefix_lens: Tensor, block_table: Tensor | None, sizes: dict[str, int]) -> None:
+    """Checks that read device memory (SPECDEC_DEBUG=1)."""
+    ends = prefix_lens + tree.cu_nodes.diff()
+    room = sizes["L"] if block_table is None else sizes["M"] * sizes["block_size"]
+    check_values(
+        "prefix_lens", (prefix_lens >= 0) & (ends <= room), prefix_lens, f"prefix and tree within {room} slots"
+    )
+    if block_table is not None:
+        logical = torch.arange(sizes["M"], device=prefix_lens.device) * sizes["block_size"]
+        ok = (logical >= ends[:, None]) | (block_table >= 0) & (block_table < sizes["blocks"])
+        check_values("block_table", ok, block_table, f"blocks in 0..{sizes['blocks'] - 1}")

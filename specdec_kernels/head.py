@@ -1,0 +1,201 @@
+"""The drafter's LM head over a trimmed vocabulary, fused with what is done to its logits."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from . import backends, library
+from .checks import DEBUG, FLOATS, INT32, INT64, REFERENCE_FLOATS, check_int, check_tensor, check_values
+from .reference import head as reference
+from .types import HeadSample, HeadTopK, Philox
+
+MAX_K = 64
+
+# `temperatures` [B] fp32, where given, replaces `temperature`, so that a plain number costs no launch.
+_REST = (
+    "Tensor? rows, Tensor? token_ids, Tensor? bias, Tensor? scale, float temperature, Tensor? temperatures, "
+    "bool return_logits) -> (Tensor logits, Tensor tokens, Tensor lse, Tensor entropy, Tensor all_logits)"
+)
+
+
+def _fake(hidden, weight, k, rows, return_logits):
+    batch, count = hidden.shape[0], weight.shape[0] if rows is None else rows.shape[-1]
+    exact = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    return (
+        hidden.new_empty((batch, k), dtype=exact),
+        hidden.new_empty((batch, k), dtype=torch.int32),
+        hidden.new_empty((batch,), dtype=exact),
+        hidden.new_empty((batch,), dtype=exact),
+        hidden.new_empty((batch, count if return_logits else 0), dtype=exact),
+    )
+
+
+def _topk_fake(hidden, weight, k, rows, *rest):
+    return _fake(hidden, weight, k, rows, rest[-1])
+
+
+def _sample_fake(hidden, weight, k, seed, offset, row, rows, *rest):
+    return _fake(hidden, weight, k, rows, rest[-1])
+
+
+library.declare(
+    "head_topk", "(Tensor hidden, Tensor weight, int k, " + _REST, reference=reference.head_topk, fake=_topk_fake
+)
+library.declare(
+    "head_sample",
+    "(Tensor hidden, Tensor weight, int k, Tensor seed, Tensor offset, Tensor? row, " + _REST,
+    reference=reference.head_sample,
+    fake=_sample_fake,
+)
+
+
+def _cpu_limit(*, dtype) -> str | None:
+    return None if dtype in FLOATS else f"hidden is {dtype}"
+
+
+backends.serves("head_topk", "cpu", _cpu_limit)
+backends.serves("head_sample", "cpu", _cpu_limit)
+
+
+def _arguments(hidden, weight, k, rows, token_ids, bias, scale, temperature, return_logits, *, greedy: bool):
+    """Check what the two ops share; returns the tail of the op's arguments. `greedy`: temperature 0 is allowed."""
+    sizes: dict[str, int] = {}
+    check_tensor("hidden", hidden, sizes, "B D", REFERENCE_FLOATS)
+    device = hidden.device
+    check_tensor("weight", weight, sizes, "V D", (hidden.dtype,), device)
+    check_int("k", k, 1, MAX_K)
+    if rows is not None and token_ids is not None:
+        raise ValueError(
+            "token_ids: expected None beside rows (rows gathers from an untouched weight, token_ids names the rows of "
+            "a trimmed one), got both"
+        )
+    if rows is not None:
+        shape = "B R" if isinstance(rows, Tensor) and rows.ndim == 2 else "R"
+        check_tensor("rows", rows, sizes, shape, INT32, device)
+    if token_ids is not None:
+        check_tensor("token_ids", token_ids, sizes, "V", INT32, device)
+    if bias is not None:
+        check_tensor("bias", bias, sizes, "V", tuple({torch.float32, weight.dtype}), device)
+    if scale is not None:
+        check_tensor("scale", scale, sizes, "V", (torch.float32,), device)
+    temperatures = None
+    if isinstance(temperature, Tensor):
+        check_tensor("temperature", temperature, sizes, "B", (torch.float32,), device)
+        temperature, temperatures = 1.0, temperature
+    elif isinstance(temperature, bool) or not isinstance(temperature, (int, float)):
+        raise TypeError(f"temperature: expected a number or a [B] tensor, got {type(temperature).__name__}")
+    elif not math.isfinite(temperature) or temperature < 0 or (temperature == 0 and not greedy):
+        raise ValueError(f"temperature: expected a finite number {'>=' if greedy else '>'} 0, got {temperature}")
+    if DEBUG:
+        if rows is not None:
+            check_values("rows", (rows >= 0) & (rows < sizes["V"]), rows, f"row ids in 0..{sizes['V'] - 1}")
+        if token_ids is not None:
+            check_values("token_ids", token_ids >= 0, token_ids, "target ids >= 0")
+        if temperatures is not None:
+            positive = temperatures >= 0 if greedy else temperatures > 0
+            fine = positive & temperatures.isfinite()
+            check_values("temperature", fine, temperatures, f"finite numbers {'>=' if greedy else '>'} 0")
+    return sizes, (rows, token_ids, bias, scale, float(temperature), temperatures, return_logits)
+
+
+def head_topk(
+    hidden: Tensor,
+    weight: Tensor,
+    k: int = 1,
+    *,
+    rows: Tensor | None = None,
+    token_ids: Tensor | None = None,
+    bias: Tensor | None = None,
+    scale: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    return_logits: bool = False,
+    backend: str | None = None,
+) -> HeadTopK:
+    """The k best tokens of a drafter's head, with log-sum-exp and entropy, and no [B, R] logits unless asked for.
+
+    logits[b, i] = (hidden[b] . weight[r_i]) * scale[r_i] + bias[r_i], accumulated in fp32. A vocabulary is trimmed
+    (VocabTrim, arXiv 2506.22694; FR-Spec, 2502.14856) by `rows`, which needs no second copy of the weight, or by a
+    weight that holds fewer rows and `token_ids` that name them.
+
+    Args:
+        hidden: [B, D] fp32, bf16 or fp16 (fp64 on the reference).
+        weight: [V, D] of hidden's dtype.
+        k: how many tokens to keep, 1..64.
+        rows: [R] or [B, R] int32, rows of the weight to look at, for all requests or for each its own. A row's index
+            is its target id. Default: all of them.
+        token_ids: [V] int32, target id of each row of a weight that is already trimmed.
+        bias: [V] fp32 or weight's dtype, by row of the weight; -inf bans a token.
+        scale: [V] fp32, multiplies the dot product of each row (dequantisation).
+        temperature: > 0, a number or [B] fp32; divides the logits in `lse` and `entropy` and never changes the order.
+        return_logits: also return all logits, [B, R].
+        backend: force `reference` or `cpu`.
+
+    Returns:
+        HeadTopK. Equal logits come in ascending id order; places that no token of a logit above -inf fills hold token
+        -1 and logit -inf. A request with NaN or +inf among its logits gets tokens -1 and NaN for lse and entropy; one
+        without any finite logit gets lse -inf and entropy 0.
+
+    Raises:
+        TypeError, ValueError: an argument that does not fit; names it, what came and what was expected. Values of
+            `rows`, `token_ids` and tensor temperatures are checked under SPECDEC_DEBUG=1; without it a row id that
+            the weight does not have counts as logit -inf, and a temperature of 0 as 1.
+        BackendError: `backend` cannot serve the call.
+    """
+    _, rest = _arguments(
+        hidden, weight, k, rows, token_ids, bias, scale, temperature, return_logits, greedy=False
+    )  # fmt: skip
+    chosen = backends.select("head_topk", hidden.device.type, backend, dtype=hidden.dtype)
+    logits, tokens, lse, entropy, all_logits = library.overload("head_topk", chosen)(hidden, weight, k, *rest)
+    return HeadTopK(logits, tokens, lse, entropy, all_logits if return_logits else None)
+
+
+def head_sample(
+    hidden: Tensor,
+    weight: Tensor,
+    k: int = 1,
+    *,
+    rng: Philox,
+    rows: Tensor | None = None,
+    token_ids: Tensor | None = None,
+    bias: Tensor | None = None,
+    scale: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    return_logits: bool = False,
+    backend: str | None = None,
+) -> HeadSample:
+    """k draws without replacement from softmax(logits / temperature), in draw order, without writing the logits.
+
+    Gumbel-Top-k (Kool et al., arXiv 1903.06059): the k largest of logits / temperature + noise, where the noise of a
+    token depends on (rng.seed, rng.offset, rng.row, target id) alone, so a draw is the same whatever the batch, the
+    order of the rows, the backend or the number of threads. The first draw is a draw of the softmax; the k draws have
+    the Plackett-Luce law that `without_replacement` and `traversal` verification expect.
+
+    Args:
+        hidden, weight, k, rows, token_ids, bias, scale, return_logits, backend: as for `head_topk`.
+        rng: random stream of each request: seed [B] int64, offset [B] int64 (absolute position), row [B] int32
+            (several draws at one position, e.g. nodes of a tree; default 0).
+        temperature: >= 0, a number or [B] fp32. At 0 the draws are the k best tokens, and lse and entropy are those
+            of temperature 1.
+
+    Returns:
+        HeadSample; padded, and NaN handled, as by `head_topk`.
+
+    Raises:
+        TypeError, ValueError, BackendError: as for `head_topk`.
+    """
+    sizes, rest = _arguments(
+        hidden, weight, k, rows, token_ids, bias, scale, temperature, return_logits, greedy=True
+    )  # fmt: skip
+    if not isinstance(rng, Philox):
+        raise TypeError(f"rng: expected a Philox, got {type(rng).__name__}")
+    check_tensor("rng.seed", rng.seed, sizes, "B", INT64, hidden.device)
+    check_tensor("rng.offset", rng.offset, sizes, "B", INT64, hidden.device)
+    if rng.row is not None:
+        check_tensor("rng.row", rng.row, sizes, "B", INT32, hidden.device)
+    chosen = backends.select("head_sample", hidden.device.type, backend, dtype=hidden.dtype)
+    op = library.overload("head_sample", chosen)
+    logits, tokens, lse, entropy, all_logits = op(hidden, weight, k, *rng, *rest)
+    return HeadSample(logits, tokens, lse, entropy, all_logits if return_logits else None)

@@ -1,0 +1,103 @@
+"""Tree attention in plain PyTorch, one request after the other, in the order of the maths."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .trees import tree_layout
+
+
+def tree_attention(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    parents: Tensor,
+    cu_nodes: Tensor,
+    max_nodes: int,
+    prefix_lens: Tensor,
+    block_table: Tensor | None,
+    mask_bits: Tensor | None,
+    scale: float,
+    window: int,
+    softcap: float,
+    sinks: Tensor | None,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
+    return_lse: bool,
+) -> tuple[Tensor, Tensor]:
+    """See specdec_kernels.attention.tree_attention. Only the slots that some node may see are touched."""
+    exact = torch.promote_types(query.dtype, torch.float32)
+    nodes, q_heads, _ = query.shape
+    kv_heads = key_cache.shape[1 if block_table is None else 2]
+    groups = q_heads // kv_heads
+    out = query.new_zeros(nodes, q_heads, value_cache.shape[-1])
+    lse = query.new_full((nodes, q_heads if return_lse else 0), float("-inf"), dtype=exact)
+    depths = None
+    sees = mask_bits
+    if mask_bits is None or window:
+        depths, ancestor_bits = tree_layout(parents, cu_nodes, max_nodes)
+        sees = ancestor_bits if mask_bits is None else mask_bits
+    if k_scale is not None:
+        k_scale = k_scale.to(exact)[:, None, None]
+    starts = cu_nodes.tolist()
+    for b, prefix in enumerate(prefix_lens.tolist()):
+        rows = slice(starts[b], starts[b + 1])
+        n = rows.stop - rows.start
+        if n == 0:
+            continue
+        # The root sees the most distant slot that any node sees.
+        first = max(0, prefix - window + 1) if window else 0
+        keys = _slots(key_cache, block_table, b, first, prefix + n).to(exact)
+        values = _slots(value_cache, block_table, b, first, prefix + n).to(exact)
+        # Query heads of one KV head share its keys, so they stand side by side as rows: [Hkv, G*n, D].
+        q = query[rows].to(exact).view(n, kv_heads, groups, -1).permute(1, 2, 0, 3).reshape(kv_heads, groups * n, -1)
+
+        scores = torch.bmm(q, keys.transpose(1, 2)) * scale
+        if k_scale is not None:
+            scores = scores * k_scale
+        if softcap:
+            scores = softcap * torch.tanh(scores / softcap)
+        visible = _visible(sees[rows], None if depths is None else depths[rows], prefix, first, window)
+        scores = scores.view(kv_heads, groups, n, -1).masked_fill_(~visible, float("-inf"))
+
+        total = scores.logsumexp(-1)
+        if sinks is not None:
+            total = torch.logaddexp(total, sinks.to(exact).view(kv_heads, groups, 1))
+        # A row that sees nothing has total = -inf: its weights are exp(-inf - 0) = 0.
+        weights = torch.exp(scores - total.masked_fill(total == float("-inf"), 0.0)[..., None])
+        if mask_bits is not None:
+            # Nobody may see some node's slot, and a weight of 0 does not silence a NaN there.
+            values = values.masked_fill(~visible.any(0)[:, None], 0.0)
+        mixed = torch.bmm(weights.view(kv_heads, groups * n, -1), values)
+        if v_scale is not None:
+            mixed = mixed * v_scale.to(exact)[:, None, None]
+        out[rows] = mixed.view(kv_heads, groups, n, -1).permute(2, 0, 1, 3).reshape(n, q_heads, -1).to(query.dtype)
+        if return_lse:
+            lse[rows] = total.permute(2, 0, 1).reshape(n, q_heads)
+    return out, lse
+
+
+def _slots(cache: Tensor, block_table: Tensor | None, b: int, first: int, last: int) -> Tensor:
+    """[Hkv, last - first, D]: slots first .. last-1 of request b; a view where the cache is dense."""
+    if block_table is None:
+        return cache[b, :, first:last]
+    size = cache.shape[1]
+    start = first // size
+    blocks = cache[block_table[b, start : (last + size - 1) // size].long()]
+    return blocks.flatten(0, 1)[first - start * size : last - start * size].transpose(0, 1)
+
+
+def _visible(bits: Tensor, depths: Tensor | None, prefix: int, first: int, window: int) -> Tensor:
+    """[n, prefix - first + n] bool: the slots each node sees, counted from slot `first`.
+
+    Distances are between positions: prefix slot s has position s, node i has prefix + depth i.
+    """
+    n = bits.shape[0]
+    index = torch.arange(n, device=bits.device)
+    tree = (bits[:, index >> 6] >> (index & 63) & 1).bool()
+    past = torch.ones(n, prefix - first, dtype=torch.bool, device=bits.device)
+    if window:
+        tree &= depths[:, None] - depths < window
+        past &= prefix + depths[:, None] - torch.arange(first, prefix, device=bits.device) < window
+    return torch.cat([past, tree], 1)

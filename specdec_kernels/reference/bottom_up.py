@@ -1,0 +1,126 @@
+"""Verifiers that look at a whole path or tree before they decide: block and traversal verification.
+
+Both carry a weight w <= 1 of each node, the share of its probability that its draft can still claim.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .coins import Coins, Draws
+from .rows import Rows, normalised
+from .tree_view import TreeView
+
+
+def _ratio(p: Tensor, q: Tensor) -> Tensor:
+    """p / q where q > 0; a token that q never draws has all the weight p can give."""
+    return torch.where(q > 0, p / torch.where(q > 0, q, 1.0), torch.where(p > 0, torch.inf, 0.0))
+
+
+def _hold(w: Tensor, surplus: Tensor) -> Tensor:
+    """S / (S + 1 - w), the share that remains when everything below was rejected; 0/0 has probability 0."""
+    whole = surplus + 1 - w
+    return torch.where(whole > 0, surplus / torch.where(whole > 0, whole, 1.0), 0.0)
+
+
+def block(tree: TreeView, target: Rows, draft: Rows | None, coins: Coins):
+    """Block verification of chains (Sun et al., 2403.10444): keep the longest prefix whose own coin says so."""
+    batch = len(tree.starts)
+    requests = torch.arange(batch, device=tree.starts.device)
+    length = tree.valid.sum(1) - 1  # drafts of each chain
+    w = torch.ones(batch, dtype=target.dtype, device=tree.starts.device)
+    end, kept_w = torch.zeros_like(length), w
+    sound = torch.ones(batch, dtype=torch.bool, device=tree.starts.device)
+    rests = None
+    for i in range(tree.max_depth + 1):
+        inner, here = i < length, requests * 0 + min(i, tree.tokens.shape[1] - 1)
+        p, p_sound = target.probs(tree.row(here), requests)
+        token = tree.tokens[:, min(i + 1, tree.tokens.shape[1] - 1)]
+        if draft is None:
+            q, q_sound = torch.zeros_like(p).scatter(1, token[:, None], 1.0), inner
+        else:
+            q, q_sound = draft.probs(tree.row(here), requests)
+        sound &= ~inner | (p_sound & q_sound)
+        left = (w[:, None] * p - q).clamp(min=0)
+        share = torch.where(inner, _hold(w, left.sum(1)), w)
+        holds = i <= length
+        if i > 0:  # nothing accepted is always possible
+            holds = holds & coins.accept(Draws(here, here[:, None]), 0, torch.ones_like(w), share, holds)
+        rest = torch.where(inner[:, None], normalised(left, p), p)
+        end = torch.where(holds, i, end)
+        rests = rest if rests is None else torch.where(holds[:, None], rest, rests)
+        p_x, q_x = p.gather(1, token[:, None])[:, 0], q.gather(1, token[:, None])[:, 0]
+        w = torch.where(inner, (w * _ratio(p_x, q_x)).nan_to_num(0.0).clamp(max=1.0), w)
+        last_sound = p_sound if i == 0 else torch.where(holds, p_sound, last_sound)
+    path = tree.path_to(end)
+    return path, rests, sound & last_sound
+
+
+def traversal(tree: TreeView, target: Rows, draft: Rows | None, coins: Coins, *, replacement: bool):
+    """Traversal verification (2505.12398): leaves first, each rejection handing its share back to the parent."""
+    batch, width = tree.tokens.shape
+    device = tree.starts.device
+    requests = torch.arange(batch, device=device)
+    inner = tree.has_children() & tree.valid
+    node = torch.arange(width, device=device)
+    P, Q, p_sound = [], [], []
+    sound = torch.ones(batch, dtype=torch.bool, device=device)
+    for j in range(width):
+        p, ok = target.probs(tree.row(requests * 0 + j), requests)
+        q, q_ok = (None, ok) if draft is None else draft.probs(tree.row(requests * 0 + j), requests)
+        sound &= ~inner[:, j] | (ok & q_ok)
+        P.append(p)
+        Q.append(q)
+        p_sound.append(ok)
+    if not width:
+        P, p_sound = [torch.zeros(batch, target.vocabulary, device=device)], [sound]
+    P, p_sound = torch.stack(P, 1), torch.stack(p_sound, 1)
+    Q = None if draft is None else torch.stack(Q, 1)
+    fallback = P
+    parent = tree.parents.clamp(min=0)
+    alive = tree.valid.clone()
+    w = torch.ones_like(P[:, :, 0])
+    root_w = torch.ones(batch, dtype=P.dtype, device=device)
+    held = torch.full_like(w, torch.nan)  # weight of a node once a child of it was rejected
+    end = torch.full((batch,), -1, device=device)
+    for _ in range(width):
+        q_x = torch.ones_like(w) if Q is None else Q[requests[:, None], parent, tree.tokens]
+        ratio = _ratio(P[requests[:, None], parent, tree.tokens], q_x)
+        w = torch.where(held.isnan(), 1.0, held)
+        for _ in range(tree.max_depth):
+            given = (w.gather(1, parent) * ratio).nan_to_num(0.0, posinf=1.0).clamp(max=1.0)
+            w = torch.where(held.isnan() & (node > 0), given, w)
+        leaf = _first_leaf(tree, alive)
+        open_ = end < 0
+        share = torch.where(leaf == 0, root_w, w.gather(1, leaf[:, None])[:, 0])
+        hit = coins.accept(Draws(leaf, leaf[:, None]), 0, torch.ones_like(share), share, open_ & (leaf > 0))
+        end = torch.where(open_ & (hit | (leaf == 0)), leaf, end)
+        gone = open_ & (end < 0)
+        if not bool(gone.any()):
+            break
+        up, x = parent.gather(1, leaf[:, None])[:, 0], tree.tokens.gather(1, leaf[:, None])[:, 0]
+        p_up, w_up = P[requests, up], w[requests, up]
+        q_up = torch.zeros_like(p_up).scatter(1, x[:, None], 1.0) if Q is None else Q[requests, up]
+        left = (w_up[:, None] * p_up - q_up).clamp(min=0)
+        P[requests, up] = torch.where(gone[:, None], normalised(left, fallback[requests, up]), p_up)
+        new_w = torch.where(up == 0, 1.0, _hold(w_up, left.sum(1)))
+        held[requests, up] = torch.where(gone, new_w, held[requests, up])
+        if Q is not None and not replacement:
+            thinned = q_up.scatter(1, x[:, None], 0.0)
+            Q[requests, up] = torch.where(gone[:, None], normalised(thinned, thinned), q_up)
+        alive[requests, leaf] &= ~gone
+    end = end.clamp(min=0)
+    return tree.path_to(end), P[requests, end], sound & p_sound.gather(1, end[:, None])[:, 0]
+
+
+def _first_leaf(tree: TreeView, alive: Tensor) -> Tensor:
+    """[B] int64: the first leaf in depth-first order, which is reached by always taking the first child."""
+    batch, width = alive.shape
+    column = torch.arange(width, device=alive.device)
+    leaf = torch.zeros(batch, dtype=torch.int64, device=alive.device)
+    for _ in range(tree.max_depth):
+        child = alive & (tree.parents == leaf[:, None])
+        first = torch.where(child, column, width).amin(1)
+        leaf = torch.where(first < width, first, leaf)
+    return leaf

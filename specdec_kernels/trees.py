@@ -1,0 +1,182 @@
+"""Draft trees: where each node stands, and how trees are drawn and grown."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from . import backends, library
+from .checks import INT32, check_int, check_tensor
+from .reference import trees as reference
+from .tree_growth import (
+    Beam,
+    Candidates,
+    beam_expand,
+    eagle2_expand,
+    eagle2_select,
+    gumbel_top_k,
+    iid_children,
+)
+from .tree_shapes import Level, TreeShape, branching_tree, sequoia_tree, static_tree
+from .types import DraftTree
+
+__all__ = [
+    "Beam",
+    "Candidates",
+    "Level",
+    "TreeShape",
+    "beam_expand",
+    "branching_tree",
+    "eagle2_expand",
+    "eagle2_select",
+    "gumbel_top_k",
+    "iid_children",
+    "merge_trees",
+    "sequoia_tree",
+    "static_tree",
+    "tree_layout",
+]
+
+_LAYOUT = "(Tensor parents, Tensor cu_nodes, int max_nodes) -> (Tensor depths, Tensor ancestor_bits)"
+
+
+def _layout_fake(parents: Tensor, cu_nodes: Tensor, max_nodes: int):
+    nodes = parents.shape[0]
+    return (
+        parents.new_empty((nodes,), dtype=torch.int32),
+        parents.new_empty((nodes, (max_nodes + 63) // 64), dtype=torch.int64),
+    )
+
+
+library.declare("tree_layout", _LAYOUT, reference=reference.tree_layout, fake=_layout_fake)
+
+
+def tree_layout(tree: DraftTree, *, backend: str | None = None) -> tuple[Tensor, Tensor]:
+    """Where each node stands in its tree.
+
+    Args:
+        tree: parents [N] int32, cu_nodes [B+1] int32, max_nodes.
+        backend: force `reference`.
+
+    Returns:
+        depths [N] int32, edges between each node and its root; ancestor_bits [N, ceil(max_nodes/64)] int64, bit j of
+        row i's words is set iff node j of the same tree is node i or one of its ancestors.
+
+    Raises:
+        TypeError, ValueError: an argument that does not fit.
+    """
+    check_tree(tree)
+    op = library.overload("tree_layout", backends.select("tree_layout", tree.parents.device.type, backend))
+    return op(tree.parents, tree.cu_nodes, tree.max_nodes)
+
+
+def check_tree(tree: DraftTree, sizes: dict[str, int] | None = None, device=None) -> None:
+    """Raise unless parents, cu_nodes and the bounds of `tree` fit together; binds N and B in `sizes`."""
+    sizes = {} if sizes is None else sizes
+    if not isinstance(tree, DraftTree):
+        raise TypeError(f"tree: expected a DraftTree, got {type(tree).__name__}")
+    check_tensor("tree.parents", tree.parents, sizes, "N", INT32, device)
+    check_tensor("tree.cu_nodes", tree.cu_nodes, sizes, "B+1", INT32, tree.parents.device)
+    if sizes["B+1"] < 1:
+        raise ValueError("tree.cu_nodes: expected shape [B+1] with B >= 0, got [0]")
+    sizes["B"] = sizes["B+1"] - 1
+    check_int("tree.max_nodes", tree.max_nodes, 1)
+    check_int("tree.max_depth", tree.max_depth, 0)
+
+
+def merge_trees(trees: Sequence[DraftTree], *, draws: bool = False) -> tuple[DraftTree, Tensor]:
+    """The union of several trees of each request as a trie (RASD, arXiv 2503.03434; TAPS, 2603.27027).
+
+    Equal paths become one node; siblings keep the order in which they first appear; nodes without a token (-1) go,
+    with what hangs on them. Reads the trees on the host.
+
+    Args:
+        trees: one or more batches of trees; request b has the same root in each.
+        draws: also add up how many i.i.d. draws hit each node (`counts`, 1 where a tree has none), for `multi_round`
+            and `k_seq`. The children of merged nodes stay i.i.d. draws, so the law is kept.
+
+    Returns:
+        The merged trees, and origin [N] int64: for each node the row, in the concatenation of all trees' nodes, of a
+        node it came from, one with children where there is any: it gathers `draft_logits` and hidden states.
+
+    Raises:
+        TypeError, ValueError: no trees, not DraftTrees, batches that differ in size, or roots that differ.
+    """
+    if not trees:
+        raise ValueError("trees: expected at least one DraftTree, got none")
+    for tree in trees:
+        check_tree(tree)
+    batches = sorted({len(tree.cu_nodes) - 1 for tree in trees})
+    if len(batches) > 1:
+        raise ValueError(f"trees: expected the same number of requests in each, got {batches}")
+    host, rows = [], 0
+    for tree in trees:
+        host.append(_on_host(tree, rows))
+        rows += len(tree.tokens)
+    merged: list[_Node] = []
+    cu_nodes = [0]
+    for request, parts in enumerate(zip(*host, strict=True)):
+        merged += _merged(parts, request)
+        cu_nodes.append(len(merged))
+    device = trees[0].tokens.device
+
+    def ints(values, dtype=torch.int32):
+        return torch.tensor(list(values), dtype=dtype, device=device)
+
+    result = DraftTree(
+        ints(node.token for node in merged),
+        ints(node.parent for node in merged),
+        ints(cu_nodes),
+        max((b - a for a, b in pairwise(cu_nodes)), default=1),
+        max((node.depth for node in merged), default=0),
+        ints(node.count for node in merged) if draws else None,
+    )
+    return result, ints((node.origin for node in merged), torch.int64)
+
+
+@dataclass
+class _Node:
+    token: int
+    parent: int
+    depth: int
+    count: int = 0
+    origin: int = -1
+    inner: bool = False  # `origin` has children
+
+
+def _on_host(trees: DraftTree, first: int) -> list[list[tuple[int, int, int, int]]]:
+    """For each request the (token, parent, count, row) of its nodes; rows count from `first`."""
+    counts = torch.ones_like(trees.tokens) if trees.counts is None else trees.counts
+    columns = (trees.tokens.tolist(), trees.parents.tolist(), counts.tolist())
+    nodes = list(zip(*columns, range(first, first + len(counts)), strict=True))
+    return [nodes[a:b] for a, b in pairwise(trees.cu_nodes.tolist())]
+
+
+def _merged(parts: Sequence[list[tuple[int, int, int, int]]], request: int) -> list[_Node]:
+    """The trie of one request's trees."""
+    nodes: list[_Node] = []
+    index: dict[tuple[int, int], int] = {}
+    for part in parts:
+        inner = {parent for _, parent, _, _ in part}
+        places: list[int] = []  # where each node of this tree went; -1: dropped
+        for local, (token, parent, count, row) in enumerate(part):
+            above = places[parent] if local else -1
+            if local and (token < 0 or above < 0):
+                places.append(-1)
+                continue
+            place = index.setdefault((above, token), len(nodes))
+            places.append(place)
+            if place == len(nodes):
+                nodes.append(_Node(token, above, nodes[above].depth + 1 if local else 0))
+            if not local and place:
+                raise ValueError(f"trees: expected equal roots, got {nodes[0].token} and {token} for request {request}")
+            node = nodes[place]
+            node.count = node.count + count if local else 1
+            # A leaf's row of draft_logits was never filled, so one with children is preferred.
+            if node.origin < 0 or (local in inner and not node.inner):
+                node.origin, node.inner = row, local in inner
+    return nodes

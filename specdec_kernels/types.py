@@ -1,0 +1,158 @@
+"""The data that travels between the ops: trees, sampling parameters, random streams, results."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class DraftTree(NamedTuple):
+    """A ragged batch of draft trees, packed node after node.
+
+    Row i of every per-node tensor belongs to node i. Node 0 of each tree is its root, the last committed token.
+    Parents come before their children and siblings stand in the order in which they were drawn.
+    Equal siblings may stay separate nodes; where a drafter merges them, `counts` says how many draws hit a node.
+    """
+
+    tokens: Tensor  # [N] int32, draft token of each node; the root holds the last committed token
+    parents: Tensor  # [N] int32, index within the same tree, -1 at the root
+    cu_nodes: Tensor  # [B+1] int32, cumulative node counts: tree b owns nodes cu_nodes[b] .. cu_nodes[b+1]-1
+    max_nodes: int  # upper bound of the nodes of one tree, known to the host so that nothing synchronises
+    max_depth: int  # upper bound of the depth of one tree (a root alone has depth 0)
+    counts: Tensor | None = None  # [N] int32, how often an i.i.d. draw hit this node (default 1)
+
+    @classmethod
+    def chain(cls, tokens: Tensor, lengths: Tensor | Sequence[int] | None = None) -> DraftTree:
+        """Chains of drafts as trees.
+
+        Args:
+            tokens: [B, K+1] integer, the root followed by K draft tokens.
+            lengths: [B] nodes to keep of each row, 1..K+1 (default: all K+1).
+
+        Raises:
+            ValueError: a shape or a length that does not fit.
+        """
+        if tokens.ndim != 2 or tokens.shape[1] < 1:
+            raise ValueError(f"tokens: expected shape [B, K+1] with K >= 0, got {list(tokens.shape)}")
+        batch, width = tokens.shape
+        steps = torch.arange(width, device=tokens.device, dtype=torch.int32)
+        parents = (steps - 1).expand(batch, width)
+        if lengths is None:
+            cu_nodes = torch.arange(batch + 1, device=tokens.device, dtype=torch.int32) * width
+            return cls(tokens.to(torch.int32).reshape(-1), parents.reshape(-1), cu_nodes, width, width - 1)
+        lengths = torch.as_tensor(lengths, device=tokens.device, dtype=torch.int32)
+        if lengths.shape != (batch,):
+            raise ValueError(f"lengths: expected shape [{batch}], got {list(lengths.shape)}")
+        if batch and not bool(((lengths >= 1) & (lengths <= width)).all()):
+            raise ValueError(f"lengths: expected values in 1..{width}, got {lengths.tolist()}")
+        keep = steps < lengths[:, None]
+        cu_nodes = torch.zeros(batch + 1, device=tokens.device, dtype=torch.int32)
+        cu_nodes[1:] = lengths.cumsum(0)
+        longest = int(lengths.max()) if batch else 1
+        return cls(tokens.to(torch.int32)[keep], parents[keep], cu_nodes, longest, longest - 1)
+
+    @classmethod
+    def from_paths(cls, paths: Sequence[Sequence[Sequence[int]]], roots: Sequence[int], device=None) -> DraftTree:
+        """Merge root-to-leaf token paths into one trie for each request.
+
+        Args:
+            paths: for each request, token paths below its root; equal prefixes become one node.
+            roots: [B] last committed token of each request.
+
+        Raises:
+            ValueError: `paths` and `roots` differ in length.
+        """
+        if len(paths) != len(roots):
+            raise ValueError(f"roots: expected one for each of the {len(paths)} requests, got {len(roots)}")
+        tokens: list[int] = []
+        parents: list[int] = []
+        cu_nodes = [0]
+        max_depth = 0
+        for root, request in zip(roots, paths, strict=True):
+            start = len(tokens)
+            tokens.append(int(root))
+            parents.append(-1)
+            children: dict[tuple[int, int], int] = {}
+            for path in request:
+                node = 0
+                for token in path:
+                    key = (node, int(token))
+                    if key not in children:
+                        children[key] = len(tokens) - start
+                        tokens.append(int(token))
+                        parents.append(node)
+                    node = children[key]
+                max_depth = max(max_depth, len(path))
+            cu_nodes.append(len(tokens))
+        widest = max((b - a for a, b in zip(cu_nodes, cu_nodes[1:], strict=False)), default=1)
+
+        def ints(values):
+            return torch.tensor(values, dtype=torch.int32, device=device)
+
+        return cls(ints(tokens), ints(parents), ints(cu_nodes), widest, max_depth)
+
+    def depths(self) -> Tensor:
+        """[N] int32, edges between each node and its root."""
+        from .trees import tree_layout
+
+        return tree_layout(self)[0]
+
+    def ancestor_bits(self) -> Tensor:
+        """[N, ceil(max_nodes/64)] int64: bit j of node i's words is set iff node j is i or one of its ancestors."""
+        from .trees import tree_layout
+
+        return tree_layout(self)[1]
+
+
+class SamplingParams(NamedTuple):
+    """How logits become the distribution that is sampled.
+
+    Each is a number for all requests or a [B] tensor; None is off. Order: allowed -> temperature -> top_k -> top_p
+    (on what top_k left) -> min_p. Ties at a threshold stay in, so the kept set depends on values only.
+    """
+
+    temperature: float | Tensor = 1.0  # 0 = greedy
+    top_k: int | Tensor | None = None  # keep the k largest; 0 = off
+    top_p: float | Tensor | None = None  # keep the smallest set of the largest with mass >= top_p; 1 = off
+    min_p: float | Tensor | None = None  # keep probabilities >= min_p * the largest; 0 = off
+    allowed: Tensor | None = None  # [N, ceil(V/32)] int32 bit mask, bit v%32 of word v//32
+
+
+class Philox(NamedTuple):
+    """A counter-based random stream (Philox4x32-10): a draw depends on nothing but these numbers."""
+
+    seed: Tensor  # [B] int64, one per request
+    offset: Tensor  # [B] int64, absolute position of the root
+    row: Tensor | None = None  # [B] int32, tells rows of one request apart where an op has several (default 0)
+
+
+class Verified(NamedTuple):
+    """What a verification step commits."""
+
+    tokens: Tensor  # [B, max_depth+1] int32: accepted draft tokens, then exactly one more token, then -1
+    nodes: Tensor  # [B, max_depth+1] int32: accepted path, root first, then -1
+    num_tokens: Tensor  # [B] int32: accepted + 1; 0 where a row that was read held NaN or nothing finite
+    logprobs: Tensor | None = None  # [B, max_depth+1] fp32 under the processed target distribution, on request
+
+
+class HeadTopK(NamedTuple):
+    """The largest logits of a drafter head and what is needed to turn them into probabilities."""
+
+    logits: Tensor  # [B, k] fp32, descending, before temperature
+    tokens: Tensor  # [B, k] int32 target ids; equal logits in ascending id order; -1 where fewer than k rows exist
+    lse: Tensor  # [B] fp32, log-sum-exp of logits / temperature
+    entropy: Tensor  # [B] fp32, nats, of softmax(logits / temperature)
+    all_logits: Tensor | None  # [B, R] fp32 before temperature, on request
+
+
+class HeadSample(NamedTuple):
+    """Draws without replacement from a drafter head, in draw order (the first is a draw of the softmax)."""
+
+    logits: Tensor  # [B, k] fp32 of the drawn tokens, before temperature
+    tokens: Tensor  # [B, k] int32 target ids in draw order; -1 where fewer than k tokens have positive probability
+    lse: Tensor  # [B] fp32, log-sum-exp of logits / temperature
+    entropy: Tensor  # [B] fp32, nats, of softmax(logits / temperature)
+    all_logits: Tensor | None  # [B, R] fp32 before temperature, on request

@@ -1,0 +1,356 @@
+"""Verification: accept or reject drafted chains and trees without changing the target's output law."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import backends, library
+from .checks import DEBUG, FLOATS, INT32, INT64, REFERENCE_FLOATS, check_choice, check_int, check_tensor, check_values
+from .reference import verify as reference
+from .types import DraftTree, Philox, SamplingParams, Verified
+
+CHAIN_METHODS = ("token", "block", "greedy", "typical")
+TREE_METHODS = (
+    "greedy",
+    "target_only",
+    "multi_round",
+    "without_replacement",
+    "k_seq",
+    "greedy_multi",
+    "typical",
+    "traversal",
+    "traversal_iid",
+)
+_OFF = (1.0, 0.0, 1.0, 0.0)  # temperature, top_k, top_p, min_p that change nothing
+_NEEDS_DRAFT_LOGITS = ("k_seq", "greedy_multi")
+_TAKES_COUNTS = ("multi_round", "k_seq")
+
+# What both ops end with: `params` [B, 4] fp32 holds temperature, top_k, top_p, min_p of each request and, where it is
+# given, replaces the four numbers of `scalars`, so that plain numbers cost no launch.
+_SAMPLING = (
+    "Tensor? params, float[] scalars, Tensor? allowed, "
+    "Tensor? draft_params, float[] draft_scalars, Tensor? draft_allowed, "
+    "Tensor? seed, Tensor? offset, Tensor? accept_uniforms, Tensor? final_uniforms, bool logprobs) "
+    "-> (Tensor tokens, Tensor nodes, Tensor num_tokens, Tensor logprobs)"
+)
+_CHAIN = (
+    "(Tensor tokens, Tensor cu_nodes, Tensor target_logits, Tensor? draft_logits, Tensor? draft_vocab, "
+    "int max_depth, str method, " + _SAMPLING
+)
+_TREE = (
+    "(Tensor tokens, Tensor parents, Tensor cu_nodes, Tensor? counts, Tensor target_logits, Tensor? draft_logits, "
+    "Tensor? draft_vocab, int max_nodes, int max_depth, str method, " + _SAMPLING
+)
+
+
+def _results(cu_nodes: Tensor, max_depth: int, logprobs: bool):
+    """Shapes and dtypes of both ops' results; `logprobs` is [B, 0] where nobody asked for it."""
+    batch, width = cu_nodes.shape[0] - 1, max_depth + 1
+    path = cu_nodes.new_empty((batch, width), dtype=torch.int32)
+    return (
+        path,
+        torch.empty_like(path),
+        cu_nodes.new_empty((batch,), dtype=torch.int32),
+        cu_nodes.new_empty((batch, width if logprobs else 0), dtype=torch.float32),
+    )
+
+
+def _chain_fake(tokens, cu_nodes, target_logits, draft_logits, draft_vocab, max_depth, method, *sampling):
+    return _results(cu_nodes, max_depth, sampling[-1])
+
+
+def _tree_fake(tokens, parents, cu_nodes, counts, target_logits, draft_logits, draft_vocab, max_nodes, max_depth, *rest):
+    return _results(cu_nodes, max_depth, rest[-1])
+
+
+def _triton(name: str):
+    """The Triton kernels import triton, so they are looked up when they are first called."""
+
+    def call(*args):
+        from .triton import verify
+
+        return getattr(verify, name)(*args)
+
+    return call
+
+
+library.declare("verify_chain", _CHAIN, reference=reference.verify_chain, fake=_chain_fake, triton=_triton("verify_chain"))
+library.declare("verify_tree", _TREE, reference=reference.verify_tree, fake=_tree_fake)
+
+
+def _native_limit(*, method, dtype, filters, **_) -> str | None:
+    if method not in ("token", "greedy"):
+        return f"method {method!r} is not compiled, only 'token' and 'greedy'"
+    if filters:
+        return "top_k, top_p and min_p are not compiled"
+    if dtype not in FLOATS:
+        return f"logits are {dtype}"
+    return None
+
+
+backends.serves("verify_chain", "cpu", _native_limit)
+backends.serves("verify_chain", "triton", _native_limit)
+
+
+def _sampling(params: SamplingParams, name: str, sizes: dict[str, int], device) -> tuple:
+    """(params [B, 4] or None, the four numbers, allowed, whether a filter is on) of checked SamplingParams."""
+    limits = {"temperature": (0.0, None), "top_k": (0, None), "top_p": (0.0, 1.0), "min_p": (0.0, 1.0)}
+    numbers, columns, per_request = [], [], False
+    filters = False
+    for (field, (low, high)), off in zip(limits.items(), _OFF, strict=True):
+        value = getattr(params, field)
+        label = f"{name}.{field}"
+        if isinstance(value, Tensor):
+            check_tensor(label, value, sizes, "B", (torch.float32, torch.float64, torch.int32, torch.int64), device)
+            if DEBUG:
+                ok = (value >= low) & (value <= high if high is not None else value.isfinite())
+                check_values(label, ok, value, f">= {low}" if high is None else f"in [{low}, {high}]")
+            per_request, filters = True, filters or field != "temperature"
+            numbers.append(off)
+        else:
+            value = off if value is None else value
+            if not isinstance(value, (int, float)) or isinstance(value, bool):
+                raise TypeError(f"{label}: expected a number, a [B] tensor or None, got {type(value).__name__}")
+            if not low <= value <= (float("inf") if high is None else high) or value == float("inf"):
+                raise ValueError(f"{label}: expected {f'>= {low}' if high is None else f'in [{low}, {high}]'}, got {value}")
+            numbers.append(float(value))
+            filters = filters or (field != "temperature" and value != off)
+        columns.append(value)
+    packed = None
+    if per_request:
+        packed = torch.empty(sizes["B"], 4, dtype=torch.float32, device=device)
+        for i, value in enumerate(columns):
+            packed[:, i] = value
+    return packed, numbers, params.allowed, filters
+
+
+def _arguments(tree, target_logits, draft_logits, draft_vocab, method, params, draft_params, rng, accept, final, logprobs):
+    """Check everything the two ops share; returns the tail of the op's arguments and the facts for the backends."""
+    sizes: dict[str, int] = {}
+    device = target_logits.device if isinstance(target_logits, Tensor) else None
+    check_tensor("target_logits", target_logits, sizes, "N V", REFERENCE_FLOATS)
+    if sizes["V"] < 1:
+        raise ValueError(f"target_logits: expected V >= 1, got {list(target_logits.shape)}")
+    check_tensor("tokens", tree.tokens, sizes, "N", INT32, device)
+    check_tensor("cu_nodes", tree.cu_nodes, sizes, "B+1", INT32, device)
+    if sizes["B+1"] < 1:
+        raise ValueError("cu_nodes: expected shape [B+1] with B >= 0, got [0]")
+    sizes["B"] = sizes["B+1"] - 1
+    if draft_logits is not None:
+        check_tensor("draft_logits", draft_logits, sizes, "N V" if draft_vocab is None else "N R", REFERENCE_FLOATS, device)
+    elif method in _NEEDS_DRAFT_LOGITS:
+        raise ValueError(f"draft_logits: method {method!r} needs the distribution of the draws, got None")
+    if draft_vocab is not None:
+        if draft_logits is None:
+            raise ValueError("draft_vocab: expected draft_logits [N, R] beside it, got draft_logits=None")
+        check_tensor("draft_vocab", draft_vocab, sizes, "R", INT32, device)
+    packed, numbers, allowed, filters = _sampling(params, "params", sizes, device)
+    if draft_params is None:
+        draft_packed, draft_numbers, draft_allowed = packed, [numbers[0], *_OFF[1:]], None
+        if packed is not None:
+            draft_packed = _only_temperature(packed)
+    else:
+        draft_packed, draft_numbers, draft_allowed, draft_filters = _sampling(draft_params, "draft_params", sizes, device)
+        filters = filters or draft_filters
+    sizes["W"] = (sizes["V"] + 31) // 32
+    for name, mask in (("params.allowed", allowed), ("draft_params.allowed", draft_allowed)):
+        if mask is not None:
+            check_tensor(name, mask, sizes, "N W", INT32, device)
+    seed = offset = None
+    if rng is not None:
+        check_tensor("rng.seed", rng.seed, sizes, "B", INT64, device)
+        check_tensor("rng.offset", rng.offset, sizes, "B", INT64, device)
+        seed, offset = rng.seed, rng.offset
+    for name, value, shape in (("accept_uniforms", accept, "N"), ("final_uniforms", final, "B")):
+        if value is not None:
+            check_tensor(name, value, sizes, shape, (torch.float32,), device)
+        elif rng is None and method != "greedy" and (name, method) != ("accept_uniforms", "typical"):
+            raise ValueError(f"{name}: method {method!r} needs rng or {name}, got neither")
+    if tree.counts is not None and rng is None:
+        raise ValueError("rng: merged draws (tree.counts) are tried in a random order that only rng gives, got None")
+    facts = {"method": method, "dtype": target_logits.dtype, "filters": filters}
+    if draft_logits is not None and target_logits.dtype in FLOATS:
+        facts["dtype"] = draft_logits.dtype
+    tail = (packed, numbers, allowed, draft_packed, draft_numbers, draft_allowed, seed, offset, accept, final, logprobs)
+    return tail, facts
+
+
+def _only_temperature(packed: Tensor) -> Tensor:
+    """The default of the draft's parameters: the target's temperature, no filters."""
+    draft = packed.clone()
+    for column, off in enumerate(_OFF[1:], start=1):
+        draft[:, column] = off
+    return draft
+
+
+def _debug_checks(tree: DraftTree, vocabulary: int, draft_vocab: Tensor | None) -> None:
+    """Checks that read device memory (SPECDEC_DEBUG=1)."""
+    cu = tree.cu_nodes
+    sizes = cu[1:] - cu[:-1]
+    check_values("cu_nodes", cu[:1] == 0, cu[:1], "0 first")
+    check_values("cu_nodes", cu[-1:] == tree.tokens.shape[0], cu[-1:], f"N={tree.tokens.shape[0]} last")
+    check_values("cu_nodes", (sizes >= 1) & (sizes <= tree.max_nodes), sizes, f"1..{tree.max_nodes} nodes a request")
+    local = torch.arange(len(tree.tokens), device=cu.device) - cu[:-1].long().repeat_interleave(sizes.long())
+    is_root = local == 0
+    check_values("parents", is_root == (tree.parents == -1), tree.parents, "-1 at each root and nowhere else")
+    check_values("parents", tree.parents < local, tree.parents, "parents before children")
+    depths = tree.depths()
+    check_values("max_depth", depths <= tree.max_depth, depths, f"no node deeper than max_depth={tree.max_depth}")
+    in_range = (tree.tokens >= -1) & (tree.tokens < vocabulary)
+    check_values("tokens", in_range | is_root, tree.tokens, f"ids in 0..{vocabulary - 1}, or -1 for no draft")
+    if draft_vocab is not None and len(draft_vocab):
+        check_values("draft_vocab", (draft_vocab >= 0) & (draft_vocab < vocabulary), draft_vocab, f"ids in 0..{vocabulary - 1}")
+        check_values("draft_vocab", draft_vocab[1:] > draft_vocab[:-1], draft_vocab[1:], "strictly ascending ids")
+
+
+def _wrap(results, logprobs: bool) -> Verified:
+    tokens, nodes, num_tokens, values = results
+    return Verified(tokens, nodes, num_tokens, values if logprobs else None)
+
+
+def verify_chain(
+    tokens: Tensor,
+    cu_nodes: Tensor,
+    target_logits: Tensor,
+    draft_logits: Tensor | None = None,
+    *,
+    max_depth: int,
+    method: str = "token",
+    draft_vocab: Tensor | None = None,
+    params: SamplingParams = SamplingParams(),
+    draft_params: SamplingParams | None = None,
+    rng: Philox | None = None,
+    accept_uniforms: Tensor | None = None,
+    final_uniforms: Tensor | None = None,
+    logprobs: bool = False,
+    backend: str | None = None,
+) -> Verified:
+    """Verify one drafted chain for each request.
+
+    Methods: `token` (Leviathan et al., arXiv 2211.17192; Chen et al., 2302.01318) and `block` (Sun et al., 2403.10444)
+    leave the target's output law unchanged; so does `greedy`, which compares with the target's argmax. `typical`
+    (Medusa, 2401.10774) is LOSSY: it accepts where p(x) > min(0.09, 0.3 exp(-H(p))).
+
+    Args:
+        tokens: [N] int32, all chains packed: the root (last committed token), then its drafts. A draft of -1 is no
+            draft: the chain ends before it.
+        cu_nodes: [B+1] int32, cumulative node counts, from 0 to N.
+        target_logits: [N, V] fp32, bf16 or fp16 (fp64 on the reference); row i predicts what follows node i.
+        draft_logits: [N, V] or, with `draft_vocab`, [N, R]; row i is the distribution from which node i+1 was drawn.
+            A chain's last row is never read. None: each draft token was a point mass (n-gram, greedy draft).
+        max_depth: most drafts in one chain, K.
+        method: `token`, `block`, `greedy` or `typical`.
+        draft_vocab: [R] int32, ascending target ids of the drafter's trimmed vocabulary; q is zero outside it.
+        params: how target logits become p. temperature 0 makes that request greedy.
+        draft_params: the same for q; default: the temperature of `params`, no filters. It must be what the drafter
+            really sampled from, or the law is lost.
+        rng: random stream; seed and absolute position of each root.
+        accept_uniforms: [N] fp32 in [0, 1), replaces rng: node i's acceptance uses entry i.
+        final_uniforms: [B] fp32 in [0, 1), replaces rng for the one token that is drawn.
+        logprobs: also return log-probabilities of the emitted tokens.
+        backend: force `reference`, `cpu`, `triton` or `cuda`.
+
+    Returns:
+        Verified. A request for which a row that was read holds NaN, +inf or nothing finite gets num_tokens 0 and -1.
+
+    Raises:
+        TypeError, ValueError: an argument that does not fit; names it, what came and what was expected. Checks of
+            values (ids, cu_nodes) run under SPECDEC_DEBUG=1.
+        BackendError: `backend` cannot serve the call.
+    """
+    check_choice("method", method, CHAIN_METHODS)
+    check_int("max_depth", max_depth, 0)
+    chain = DraftTree(tokens, None, cu_nodes, max_depth + 1, max_depth)
+    tail, facts = _arguments(
+        chain, target_logits, draft_logits, draft_vocab, method, params, draft_params, rng,
+        accept_uniforms, final_uniforms, logprobs,
+    )  # fmt: skip
+    if DEBUG:
+        _debug_checks(chain._replace(parents=chain_parents(cu_nodes, len(tokens))), target_logits.shape[1], draft_vocab)
+    op = library.overload("verify_chain", backends.select("verify_chain", tokens.device.type, backend, **facts))
+    return _wrap(op(tokens, cu_nodes, target_logits, draft_logits, draft_vocab, max_depth, method, *tail), logprobs)
+
+
+def chain_parents(cu_nodes: Tensor, nodes: int) -> Tensor:
+    """[N] int32 parents of packed chains: the node before, -1 at each root."""
+    starts = torch.zeros(nodes + 1, dtype=torch.int32, device=cu_nodes.device)
+    starts[cu_nodes.long()] = cu_nodes
+    index = torch.arange(nodes, dtype=torch.int32, device=cu_nodes.device)
+    return index - starts[:nodes].cummax(0).values - 1
+
+
+def verify_tree(
+    tree: DraftTree,
+    target_logits: Tensor,
+    draft_logits: Tensor | None = None,
+    *,
+    method: str,
+    draft_vocab: Tensor | None = None,
+    params: SamplingParams = SamplingParams(),
+    draft_params: SamplingParams | None = None,
+    rng: Philox | None = None,
+    accept_uniforms: Tensor | None = None,
+    final_uniforms: Tensor | None = None,
+    logprobs: bool = False,
+    backend: str | None = None,
+) -> Verified:
+    """Verify one drafted tree for each request. The method must match how siblings were drawn:
+
+    =====================  =====================================================================================
+    `greedy`               any tree; follows the target's argmax
+    `target_only`          siblings that are a function of the context (EAGLE-2, 2406.16858); one coin per parent
+    `multi_round`          siblings drawn i.i.d. from q (SpecInfer, 2305.09781)
+    `without_replacement`  siblings drawn without replacement from q, in draw order (RSD, 2402.14160)
+    `k_seq`                siblings drawn i.i.d. from q (SpecTr, 2310.15141)
+    `greedy_multi`         the top k-1 tokens of q, then one draw of the rest of q (2502.18779)
+    `traversal`            siblings without replacement, verified bottom-up over the whole tree (2505.12398)
+    `traversal_iid`        the same for siblings drawn i.i.d.
+    `typical`              LOSSY (Medusa, 2401.10774): longest path with p(x) > min(0.09, 0.3 exp(-H(p)))
+    =====================  =====================================================================================
+
+    All but `typical` leave the target's output law unchanged.
+
+    Args:
+        tree: parents before children, siblings in draw order. A token of -1 is no draft and takes no mass. Equal
+            siblings are allowed where draws are i.i.d. `tree.counts` (`multi_round`, `k_seq` only) merges them: the
+            draws are then tried in a uniformly random order, for which `rng` is required, because grouping equal draws
+            biases the law from three draws on.
+        target_logits: [N, V] fp32, bf16 or fp16 (fp64 on the reference); row i predicts the children of node i.
+        draft_logits: [N, V] or, with `draft_vocab`, [N, R]; row i is the distribution from which the children of node
+            i were drawn. Rows of leaves are never read. None: every draft token was a point mass.
+        method: see above.
+        draft_vocab: [R] int32, ascending target ids of the drafter's trimmed vocabulary; q is zero outside it.
+        params, draft_params, rng, accept_uniforms, final_uniforms, logprobs, backend: as for `verify_chain`. With
+            `target_only` entry i of accept_uniforms is the coin of parent i, else that of the test of node i
+            (`greedy_multi`: of the last sibling; the first sibling's entry draws the token that may be a sibling).
+
+    Returns:
+        Verified. A request for which a row that was read holds NaN, +inf or nothing finite gets num_tokens 0 and -1.
+
+    Raises:
+        TypeError, ValueError, BackendError: as for `verify_chain`.
+    """
+    check_choice("method", method, TREE_METHODS)
+    if not isinstance(tree, DraftTree):
+        raise TypeError(f"tree: expected a DraftTree, got {type(tree).__name__}")
+    check_int("tree.max_nodes", tree.max_nodes, 1)
+    check_int("tree.max_depth", tree.max_depth, 0)
+    tail, facts = _arguments(
+        tree, target_logits, draft_logits, draft_vocab, method, params, draft_params, rng,
+        accept_uniforms, final_uniforms, logprobs,
+    )  # fmt: skip
+    sizes = {"N": target_logits.shape[0]}
+    check_tensor("parents", tree.parents, sizes, "N", INT32, target_logits.device)
+    if tree.counts is not None:
+        if method not in _TAKES_COUNTS:
+            raise ValueError(f"tree.counts: expected None with method {method!r}, which takes draws one node each")
+        check_tensor("tree.counts", tree.counts, sizes, "N", INT32, target_logits.device)
+    if DEBUG:
+        _debug_checks(tree, target_logits.shape[1], draft_vocab)
+    op = library.overload("verify_tree", backends.select("verify_tree", tree.tokens.device.type, backend, **facts))
+    results = op(
+        tree.tokens, tree.parents, tree.cu_nodes, tree.counts, target_logits, draft_logits, draft_vocab,
+        tree.max_nodes, tree.max_depth, method, *tail,
+    )  # fmt: skip
+    return _wrap(results, logprobs)

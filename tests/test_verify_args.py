@@ -1,0 +1,161 @@
+"""Bad input of verify_chain and verify_tree raises an error that names the argument, what came and what was expected."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from verify_cases import random_logits, streams
+
+from specdec_kernels import BackendError, DraftTree, Philox, SamplingParams, verify_chain, verify_tree
+
+V, B, K = 6, 2, 2
+TREE = DraftTree.chain(torch.ones(B, K + 1, dtype=torch.int32))
+N = B * (K + 1)
+TARGET = random_logits(N, V, torch.Generator().manual_seed(0))
+GOOD = {"tokens": TREE.tokens, "cu_nodes": TREE.cu_nodes, "target_logits": TARGET, "max_depth": K, "rng": streams(B)}
+FLOATS = torch.rand(N)
+
+BAD = [
+    ({"tokens": [1, 2]}, TypeError, "tokens: expected a tensor, got list"),
+    ({"tokens": TREE.tokens.long()}, TypeError, "tokens: expected dtype int32, got int64"),
+    ({"tokens": TREE.tokens[:-1]}, ValueError, r"tokens: expected shape \[N=6\], got \[5\]"),
+    ({"tokens": TREE.tokens.reshape(B, -1)}, ValueError, r"tokens: expected shape \[N\], got \[2, 3\]"),
+    ({"cu_nodes": TREE.cu_nodes.float()}, TypeError, "cu_nodes: expected dtype int32, got float32"),
+    ({"cu_nodes": TREE.cu_nodes[:0]}, ValueError, r"cu_nodes: expected shape \[B\+1\]"),
+    ({"target_logits": TARGET.int()}, TypeError, "target_logits: expected dtype float32 or bfloat16"),
+    ({"target_logits": TARGET[:, :0]}, ValueError, "target_logits: expected V >= 1"),
+    ({"target_logits": TARGET[0]}, ValueError, r"target_logits: expected shape \[N, V\], got \[6\]"),
+    ({"draft_logits": TARGET[:, :3]}, ValueError, r"draft_logits: expected shape \[N=6, V=6\], got \[6, 3\]"),
+    ({"draft_logits": TARGET[:-1]}, ValueError, "draft_logits: expected shape"),
+    ({"draft_vocab": torch.arange(3, dtype=torch.int32)}, ValueError, "draft_vocab: expected draft_logits"),
+    (
+        {"draft_logits": TARGET[:, :3], "draft_vocab": torch.arange(4, dtype=torch.int32)},
+        ValueError,
+        r"draft_vocab: expected shape \[R=3\], got \[4\]",
+    ),
+    ({"draft_logits": TARGET[:, :3], "draft_vocab": torch.arange(3)}, TypeError, "draft_vocab: expected dtype int32"),
+    ({"max_depth": -1}, ValueError, "max_depth: expected >= 0, got -1"),
+    ({"max_depth": 2.0}, TypeError, "max_depth: expected an int, got float"),
+    ({"method": "tree"}, ValueError, "method: expected one of 'token', 'block', 'greedy', 'typical', got 'tree'"),
+    ({"rng": None}, ValueError, "accept_uniforms: method 'token' needs rng or accept_uniforms, got neither"),
+    ({"rng": None, "accept_uniforms": FLOATS}, ValueError, "final_uniforms: method 'token' needs rng"),
+    ({"accept_uniforms": FLOATS.double()}, TypeError, "accept_uniforms: expected dtype float32, got float64"),
+    ({"accept_uniforms": FLOATS[1:]}, ValueError, "accept_uniforms: expected shape"),
+    ({"final_uniforms": FLOATS[:3]}, ValueError, r"final_uniforms: expected shape \[B=2\], got \[3\]"),
+    ({"rng": Philox(torch.zeros(3).long(), torch.zeros(2).long())}, ValueError, r"rng.seed: expected shape \[B=2\]"),
+    ({"rng": Philox(torch.zeros(2), torch.zeros(2).long())}, TypeError, "rng.seed: expected dtype int64"),
+    ({"params": SamplingParams(temperature=-0.5)}, ValueError, r"params.temperature: expected >= 0.0, got -0.5"),
+    ({"params": SamplingParams(temperature="hot")}, TypeError, "params.temperature: expected a number"),
+    ({"params": SamplingParams(temperature=float("nan"))}, ValueError, "params.temperature: expected >= 0.0, got nan"),
+    ({"params": SamplingParams(top_p=1.5)}, ValueError, r"params.top_p: expected in \[0.0, 1.0\], got 1.5"),
+    ({"params": SamplingParams(top_k=-2)}, ValueError, "params.top_k: expected >= 0, got -2"),
+    ({"params": SamplingParams(min_p=torch.zeros(3))}, ValueError, r"params.min_p: expected shape \[B=2\], got \[3\]"),
+    ({"params": SamplingParams(allowed=torch.zeros(N, 2).int())}, ValueError, r"params.allowed: expected shape \[N=6, W=1\]"),
+    ({"draft_params": SamplingParams(top_p=-1)}, ValueError, "draft_params.top_p: expected in"),
+    ({"backend": "tpu"}, ValueError, "backend: expected one of 'reference', 'cpu', 'triton', 'cuda', got 'tpu'"),
+]
+
+
+@pytest.mark.parametrize("change,error,message", BAD, ids=[f"{next(iter(c))}-{i}" for i, (c, *_) in enumerate(BAD)])
+def test_bad_arguments_of_a_chain(change, error, message):
+    before = [x.clone() for x in (TREE.tokens, TARGET)]
+    with pytest.raises(error, match=message):
+        verify_chain(**{**GOOD, **change})
+    assert all(torch.equal(a, b) for a, b in zip(before, (TREE.tokens, TARGET), strict=True))
+
+
+@pytest.mark.parametrize(
+    "change,options,error,message",
+    [
+        ({}, {"method": "block"}, ValueError, "method: expected one of 'greedy'"),
+        ({"parents": TREE.parents[1:]}, {}, ValueError, r"parents: expected shape \[N=6\], got \[5\]"),
+        ({"parents": TREE.parents.long()}, {}, TypeError, "parents: expected dtype int32, got int64"),
+        ({"max_nodes": 0}, {}, ValueError, "tree.max_nodes: expected >= 1, got 0"),
+        ({"max_depth": -1}, {}, ValueError, "tree.max_depth: expected >= 0, got -1"),
+        ({"counts": torch.ones(N).int()}, {"method": "traversal"}, ValueError, "tree.counts: expected None with method"),
+        ({"counts": torch.ones(N)}, {}, TypeError, "tree.counts: expected dtype int32, got float32"),
+        (
+            {"counts": torch.ones(N).int()},
+            {"rng": None, "accept_uniforms": FLOATS, "final_uniforms": FLOATS[:B]},
+            ValueError,
+            "rng: merged draws .* got None",
+        ),
+    ],
+)
+def test_bad_trees(change, options, error, message):
+    with pytest.raises(error, match=message):
+        verify_tree(TREE._replace(**change), TARGET, TARGET, **{"method": "multi_round", "rng": streams(B), **options})
+
+
+def test_a_tree_must_be_a_draft_tree():
+    with pytest.raises(TypeError, match="tree: expected a DraftTree, got tuple"):
+        verify_tree(tuple(TREE), TARGET, method="greedy")
+
+
+@pytest.mark.parametrize(
+    "build,message",
+    [
+        (lambda: DraftTree.chain(torch.zeros(3)), r"tokens: expected shape \[B, K\+1\]"),
+        (lambda: DraftTree.chain(torch.zeros(2, 3), [1, 4]), r"lengths: expected values in 1..3, got \[1, 4\]"),
+        (lambda: DraftTree.chain(torch.zeros(2, 3), [1]), r"lengths: expected shape \[2\], got \[1\]"),
+        (lambda: DraftTree.from_paths([[[1]]], [1, 2]), "roots: expected one for each of the 1 requests, got 2"),
+    ],
+)
+def test_bad_tree_constructors(build, message):
+    with pytest.raises(ValueError, match=message):
+        build()
+
+
+def test_a_forced_backend_never_falls_back():
+    with pytest.raises(BackendError, match="backend='cuda' cannot serve verify_chain: "):
+        verify_chain(**GOOD, backend="cuda")
+    with pytest.raises(BackendError, match="backend='cpu' cannot serve verify_chain: .*"):
+        verify_chain(**GOOD, method="block", backend="cpu")
+
+
+DEBUG = """
+import re, sys, torch
+from specdec_kernels import *
+V = 6
+def chain(**changes):
+    tree = DraftTree.chain(torch.ones(2, 3, dtype=torch.int32))
+    arguments = dict(tokens=tree.tokens, cu_nodes=tree.cu_nodes, target_logits=torch.zeros(6, V), max_depth=2,
+                     rng=Philox(torch.zeros(2).long(), torch.zeros(2).long()))
+    return verify_chain(**{**arguments, **changes})
+def tree(**changes):
+    t = DraftTree.chain(torch.ones(2, 3, dtype=torch.int32))._replace(**changes)
+    return verify_tree(t, torch.zeros(6, V), method="greedy")
+def ints(*values):
+    return torch.tensor(values, dtype=torch.int32)
+def expect(message, call):
+    try:
+        call()
+    except ValueError as error:
+        assert re.search(message, str(error)), (message, str(error))
+    else:
+        raise AssertionError(message)
+chain(); tree()
+expect(r"tokens: expected ids in 0..5, or -1 for no draft, got 6 at index 2", lambda: chain(tokens=ints(1, 1, 6, 1, 1, 1)))
+expect(r"cu_nodes: expected 0 first, got 1", lambda: chain(cu_nodes=ints(1, 3, 6)))
+expect(r"cu_nodes: expected N=6 last, got 5", lambda: chain(cu_nodes=ints(0, 3, 5)))
+expect(r"cu_nodes: expected 1..3 nodes a request, got 4", lambda: chain(cu_nodes=ints(0, 4, 6)))
+expect(r"draft_vocab: expected strictly ascending ids", lambda: chain(draft_logits=torch.zeros(6, 2), draft_vocab=ints(3, 3)))
+expect(r"draft_vocab: expected ids in 0..5, got 9", lambda: chain(draft_logits=torch.zeros(6, 2), draft_vocab=ints(3, 9)))
+expect(r"params.top_p: expected in \\[0.0, 1.0\\], got 2.0", lambda: chain(params=SamplingParams(top_p=torch.tensor([1.0, 2.0]))))
+expect(r"parents: expected parents before children, got 2 at index 1", lambda: tree(parents=ints(-1, 2, 0, -1, 0, 1)))
+expect(r"parents: expected -1 at each root and nowhere else", lambda: tree(parents=ints(-1, -1, 0, -1, 0, 1)))
+expect(r"max_depth: expected no node deeper than max_depth=1, got 2", lambda: tree(max_depth=1))
+print("all raised")
+"""
+
+
+def test_checks_of_values_under_debug():
+    import os
+
+    found = subprocess.run(
+        [sys.executable, "-c", DEBUG], env={**os.environ, "SPECDEC_DEBUG": "1"}, capture_output=True, text=True
+    )
+    assert "all raised" in found.stdout, found.stderr
