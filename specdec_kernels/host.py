@@ -24,10 +24,9 @@ class SuffixIndex:
 
     Prompt lookup and SAM decoding (arXiv 2411.10666): the end of the text is looked up in the text itself, and what
     followed it there is proposed. The native index is an online suffix automaton: appending costs amortised O(1) a
-    token, the longest match costs O(1) at any length of the text, and a proposal costs O(max_occurrences * depth). It
-    takes about 110 bytes a token for natural text and 330 at most (twice that at the moment a buffer grows). Append
-    committed tokens only: nothing can be taken back. Calls release the interpreter's lock and may come from any
-    thread.
+    token, the longest match costs O(1) at any length of the text, and a proposal looks at `max_occurrences` places. It
+    takes 100 to 200 bytes a token (see `nbytes`), 300 at worst. Append committed tokens only: nothing can be taken
+    back. Calls release the interpreter's lock and may come from any thread.
 
     Tokens go in as a sequence of ints, a CPU integer tensor, or anything with the buffer protocol (a numpy array);
     int32 is read in place. Tensors that come out are int32 on the CPU.

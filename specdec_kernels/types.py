@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -87,7 +88,7 @@ class DraftTree(NamedTuple):
                     node = children[key]
                 max_depth = max(max_depth, len(path))
             cu_nodes.append(len(tokens))
-        widest = max((b - a for a, b in zip(cu_nodes, cu_nodes[1:], strict=False)), default=1)
+        widest = max((b - a for a, b in itertools.pairwise(cu_nodes)), default=1)
 
         def ints(values):
             return torch.tensor(values, dtype=torch.int32, device=device)

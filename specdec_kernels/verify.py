@@ -60,7 +60,9 @@ def _chain_fake(tokens, cu_nodes, target_logits, draft_logits, draft_vocab, max_
     return _results(cu_nodes, max_depth, sampling[-1])
 
 
-def _tree_fake(tokens, parents, cu_nodes, counts, target_logits, draft_logits, draft_vocab, max_nodes, max_depth, *rest):
+def _tree_fake(
+    tokens, parents, cu_nodes, counts, target_logits, draft_logits, draft_vocab, max_nodes, max_depth, *rest
+):
     return _results(cu_nodes, max_depth, rest[-1])
 
 
@@ -75,7 +77,9 @@ def _triton(name: str):
     return call
 
 
-library.declare("verify_chain", _CHAIN, reference=reference.verify_chain, fake=_chain_fake, triton=_triton("verify_chain"))
+library.declare(
+    "verify_chain", _CHAIN, reference=reference.verify_chain, fake=_chain_fake, triton=_triton("verify_chain")
+)
 library.declare("verify_tree", _TREE, reference=reference.verify_tree, fake=_tree_fake)
 
 
@@ -113,7 +117,9 @@ def _sampling(params: SamplingParams, name: str, sizes: dict[str, int], device) 
             if not isinstance(value, (int, float)) or isinstance(value, bool):
                 raise TypeError(f"{label}: expected a number, a [B] tensor or None, got {type(value).__name__}")
             if not low <= value <= (float("inf") if high is None else high) or value == float("inf"):
-                raise ValueError(f"{label}: expected {f'>= {low}' if high is None else f'in [{low}, {high}]'}, got {value}")
+                raise ValueError(
+                    f"{label}: expected {f'>= {low}' if high is None else f'in [{low}, {high}]'}, got {value}"
+                )
             numbers.append(float(value))
             filters = filters or (field != "temperature" and value != off)
         columns.append(value)
@@ -125,7 +131,9 @@ def _sampling(params: SamplingParams, name: str, sizes: dict[str, int], device) 
     return packed, numbers, params.allowed, filters
 
 
-def _arguments(tree, target_logits, draft_logits, draft_vocab, method, params, draft_params, rng, accept, final, logprobs):
+def _arguments(
+    tree, target_logits, draft_logits, draft_vocab, method, params, draft_params, rng, accept, final, logprobs
+):
     """Check everything the two ops share; returns the tail of the op's arguments and the facts for the backends."""
     sizes: dict[str, int] = {}
     device = target_logits.device if isinstance(target_logits, Tensor) else None
@@ -138,7 +146,9 @@ def _arguments(tree, target_logits, draft_logits, draft_vocab, method, params, d
         raise ValueError("cu_nodes: expected shape [B+1] with B >= 0, got [0]")
     sizes["B"] = sizes["B+1"] - 1
     if draft_logits is not None:
-        check_tensor("draft_logits", draft_logits, sizes, "N V" if draft_vocab is None else "N R", REFERENCE_FLOATS, device)
+        check_tensor(
+            "draft_logits", draft_logits, sizes, "N V" if draft_vocab is None else "N R", REFERENCE_FLOATS, device
+        )
     elif method in _NEEDS_DRAFT_LOGITS:
         raise ValueError(f"draft_logits: method {method!r} needs the distribution of the draws, got None")
     if draft_vocab is not None:
@@ -151,7 +161,9 @@ def _arguments(tree, target_logits, draft_logits, draft_vocab, method, params, d
         if packed is not None:
             draft_packed = _only_temperature(packed)
     else:
-        draft_packed, draft_numbers, draft_allowed, draft_filters = _sampling(draft_params, "draft_params", sizes, device)
+        draft_packed, draft_numbers, draft_allowed, draft_filters = _sampling(
+            draft_params, "draft_params", sizes, device
+        )
         filters = filters or draft_filters
     sizes["W"] = (sizes["V"] + 31) // 32
     for name, mask in (("params.allowed", allowed), ("draft_params.allowed", draft_allowed)):
@@ -200,7 +212,9 @@ def _debug_checks(tree: DraftTree, vocabulary: int, draft_vocab: Tensor | None) 
     in_range = (tree.tokens >= -1) & (tree.tokens < vocabulary)
     check_values("tokens", in_range | is_root, tree.tokens, f"ids in 0..{vocabulary - 1}, or -1 for no draft")
     if draft_vocab is not None and len(draft_vocab):
-        check_values("draft_vocab", (draft_vocab >= 0) & (draft_vocab < vocabulary), draft_vocab, f"ids in 0..{vocabulary - 1}")
+        check_values(
+            "draft_vocab", (draft_vocab >= 0) & (draft_vocab < vocabulary), draft_vocab, f"ids in 0..{vocabulary - 1}"
+        )
         check_values("draft_vocab", draft_vocab[1:] > draft_vocab[:-1], draft_vocab[1:], "strictly ascending ids")
 
 

@@ -154,7 +154,9 @@ def draw_all(case: Case, branching: list[int], scheme: str) -> Drawn:
                 levels.append(depth + 1)
         frontier = following
     tokens, contexts, weight = zip(*rows, strict=True)
-    return Drawn(torch.tensor(tokens), parents, torch.tensor(contexts), levels, torch.tensor(weight, dtype=torch.float64))
+    return Drawn(
+        torch.tensor(tokens), parents, torch.tensor(contexts), levels, torch.tensor(weight, dtype=torch.float64)
+    )
 
 
 def output_law(case: Case, drawn: Drawn, verifier, *, point_mass: bool = False, counts=None, draws: int = 0) -> Tensor:

@@ -5,7 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 from loop_support import llama, noisy
-from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList, TemperatureLogitsWarper, TopPLogitsWarper
+from transformers import (
+    GenerationConfig,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    TemperatureLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from specdec_kernels import SamplingParams
 from specdec_loop import Statistics, Tree, generate, hf, vocab
@@ -101,7 +107,9 @@ def test_what_is_not_served_is_named(pair, options, message):
 def test_order_of_processors():
     with pytest.raises(ValueError, match="in this order, got temperature late"):
         hf.sampling_params([TopPLogitsWarper(0.5), TemperatureLogitsWarper(2.0)], True)
-    assert hf.sampling_params([TemperatureLogitsWarper(2.0), TopPLogitsWarper(0.5)], True) == SamplingParams(2.0, None, 0.5)
+    assert hf.sampling_params([TemperatureLogitsWarper(2.0), TopPLogitsWarper(0.5)], True) == SamplingParams(
+        2.0, None, 0.5
+    )
     assert hf.sampling_params([], False).temperature == 0
 
 

@@ -63,7 +63,9 @@ def test_trimmed_head_changes_acceptance_only(pair, plain):
     for shape in SHAPES.values():
         result = generate(pair[0], ModelDrafter(pair[1], rows=rows), PROMPTS, max_new_tokens=NEW, **shape)
         assert result.tokens == plain
-        from_draft = [t for ts, fs in zip(result.tokens, result.from_draft, strict=True) for t, f in zip(ts, fs, strict=True) if f]
+        from_draft = [
+            t for ts, fs in zip(result.tokens, result.from_draft, strict=True) for t, f in zip(ts, fs, strict=True) if f
+        ]
         assert from_draft
         assert all(token % 2 == 0 for token in from_draft)
 
@@ -89,8 +91,12 @@ def test_a_request_does_not_depend_on_its_neighbours(pair, method, policy):
         return ModelDrafter(pair[1], policy=AdaEDL() if policy else None)
 
     seeds = [11, 2**40 + 1, -3, 5]
-    together = generate(pair[0], drafter(), PROMPTS, max_new_tokens=NEW, params=params, seeds=seeds, method=method, **shape)
-    again = generate(pair[0], drafter(), PROMPTS, max_new_tokens=NEW, params=params, seeds=seeds, method=method, **shape)
+    together = generate(
+        pair[0], drafter(), PROMPTS, max_new_tokens=NEW, params=params, seeds=seeds, method=method, **shape
+    )
+    again = generate(
+        pair[0], drafter(), PROMPTS, max_new_tokens=NEW, params=params, seeds=seeds, method=method, **shape
+    )
     assert again.tokens == together.tokens
     for i, prompt in enumerate(PROMPTS):
         alone = generate(
@@ -216,7 +222,9 @@ def test_models_keep_their_own_attention(pair):
     before = [model.config._attn_implementation for model in pair]
     generate(*pair, PROMPTS, max_new_tokens=2)
     with pytest.raises(RuntimeError, match="boom"):
-        generate(*pair, PROMPTS, max_new_tokens=2, token_callback=lambda *_: (_ for _ in ()).throw(RuntimeError("boom")))
+        generate(
+            *pair, PROMPTS, max_new_tokens=2, token_callback=lambda *_: (_ for _ in ()).throw(RuntimeError("boom"))
+        )
     assert [model.config._attn_implementation for model in pair] == before
 
 

@@ -5,7 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 from loop_support import llama
-from transformers import Gemma2Config, Gemma2ForCausalLM, GptOssConfig, GptOssForCausalLM, MistralConfig, MistralForCausalLM
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GptOssConfig,
+    GptOssForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+)
 
 from specdec_kernels import DraftTree, compact_kv_
 from specdec_loop import attend, autoregressive

@@ -1,7 +1,8 @@
-"""Bad input of verify_chain and verify_tree raises an error that names the argument, what came and what was expected."""
+"""Bad input of verify_chain and verify_tree: errors name the argument, what came and what was expected."""
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -53,7 +54,11 @@ BAD = [
     ({"params": SamplingParams(top_p=1.5)}, ValueError, r"params.top_p: expected in \[0.0, 1.0\], got 1.5"),
     ({"params": SamplingParams(top_k=-2)}, ValueError, "params.top_k: expected >= 0, got -2"),
     ({"params": SamplingParams(min_p=torch.zeros(3))}, ValueError, r"params.min_p: expected shape \[B=2\], got \[3\]"),
-    ({"params": SamplingParams(allowed=torch.zeros(N, 2).int())}, ValueError, r"params.allowed: expected shape \[N=6, W=1\]"),
+    (
+        {"params": SamplingParams(allowed=torch.zeros(N, 2).int())},
+        ValueError,
+        r"params.allowed: expected shape \[N=6, W=1\]",
+    ),
     ({"draft_params": SamplingParams(top_p=-1)}, ValueError, "draft_params.top_p: expected in"),
     ({"backend": "tpu"}, ValueError, "backend: expected one of 'reference', 'cpu', 'triton', 'cuda', got 'tpu'"),
 ]
@@ -75,7 +80,12 @@ def test_bad_arguments_of_a_chain(change, error, message):
         ({"parents": TREE.parents.long()}, {}, TypeError, "parents: expected dtype int32, got int64"),
         ({"max_nodes": 0}, {}, ValueError, "tree.max_nodes: expected >= 1, got 0"),
         ({"max_depth": -1}, {}, ValueError, "tree.max_depth: expected >= 0, got -1"),
-        ({"counts": torch.ones(N).int()}, {"method": "traversal"}, ValueError, "tree.counts: expected None with method"),
+        (
+            {"counts": torch.ones(N).int()},
+            {"method": "traversal"},
+            ValueError,
+            "tree.counts: expected None with method",
+        ),
         ({"counts": torch.ones(N)}, {}, TypeError, "tree.counts: expected dtype int32, got float32"),
         (
             {"counts": torch.ones(N).int()},
@@ -112,7 +122,7 @@ def test_bad_tree_constructors(build, message):
 def test_a_forced_backend_never_falls_back():
     with pytest.raises(BackendError, match="backend='cuda' cannot serve verify_chain: "):
         verify_chain(**GOOD, backend="cuda")
-    with pytest.raises(BackendError, match="backend='cpu' cannot serve verify_chain: .*"):
+    with pytest.raises(BackendError, match="backend='cpu' cannot serve verify_chain: "):
         verify_chain(**GOOD, method="block", backend="cpu")
 
 
@@ -138,23 +148,23 @@ def expect(message, call):
     else:
         raise AssertionError(message)
 chain(); tree()
-expect(r"tokens: expected ids in 0..5, or -1 for no draft, got 6 at index 2", lambda: chain(tokens=ints(1, 1, 6, 1, 1, 1)))
-expect(r"cu_nodes: expected 0 first, got 1", lambda: chain(cu_nodes=ints(1, 3, 6)))
-expect(r"cu_nodes: expected N=6 last, got 5", lambda: chain(cu_nodes=ints(0, 3, 5)))
-expect(r"cu_nodes: expected 1..3 nodes a request, got 4", lambda: chain(cu_nodes=ints(0, 4, 6)))
-expect(r"draft_vocab: expected strictly ascending ids", lambda: chain(draft_logits=torch.zeros(6, 2), draft_vocab=ints(3, 3)))
-expect(r"draft_vocab: expected ids in 0..5, got 9", lambda: chain(draft_logits=torch.zeros(6, 2), draft_vocab=ints(3, 9)))
-expect(r"params.top_p: expected in \\[0.0, 1.0\\], got 2.0", lambda: chain(params=SamplingParams(top_p=torch.tensor([1.0, 2.0]))))
-expect(r"parents: expected parents before children, got 2 at index 1", lambda: tree(parents=ints(-1, 2, 0, -1, 0, 1)))
-expect(r"parents: expected -1 at each root and nowhere else", lambda: tree(parents=ints(-1, -1, 0, -1, 0, 1)))
-expect(r"max_depth: expected no node deeper than max_depth=1, got 2", lambda: tree(max_depth=1))
+compact = dict(draft_logits=torch.zeros(6, 2))
+hot = SamplingParams(top_p=torch.tensor([1.0, 2.0]))
+expect("tokens: expected ids in 0..5, or -1 for no draft, got 6 at", lambda: chain(tokens=ints(1, 1, 6, 1, 1, 1)))
+expect("cu_nodes: expected 0 first, got 1", lambda: chain(cu_nodes=ints(1, 3, 6)))
+expect("cu_nodes: expected N=6 last, got 5", lambda: chain(cu_nodes=ints(0, 3, 5)))
+expect("cu_nodes: expected 1..3 nodes a request, got 4", lambda: chain(cu_nodes=ints(0, 4, 6)))
+expect("draft_vocab: expected strictly ascending ids", lambda: chain(**compact, draft_vocab=ints(3, 3)))
+expect("draft_vocab: expected ids in 0..5, got 9", lambda: chain(**compact, draft_vocab=ints(3, 9)))
+expect("params.top_p: expected in .0.0, 1.0., got 2.0", lambda: chain(params=hot))
+expect("parents: expected parents before children, got 2", lambda: tree(parents=ints(-1, 2, 0, -1, 0, 1)))
+expect("parents: expected -1 at each root and nowhere else", lambda: tree(parents=ints(-1, -1, 0, -1, 0, 1)))
+expect("max_depth: expected no node deeper than max_depth=1, got 2", lambda: tree(max_depth=1))
 print("all raised")
 """
 
 
 def test_checks_of_values_under_debug():
-    import os
-
     found = subprocess.run(
         [sys.executable, "-c", DEBUG], env={**os.environ, "SPECDEC_DEBUG": "1"}, capture_output=True, text=True
     )

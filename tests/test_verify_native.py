@@ -82,7 +82,9 @@ def test_whole_vocabulary(variant, dtype):
 
 @pytest.mark.parametrize("vocabulary", [511, 512, 513, 4095, 4096, 4097, 8200])
 def test_sizes_around_blocks(vocabulary):
-    assert_matches_reference(random_case(7, 8, vocabulary, longest=4, masked=True, trimmed=vocabulary // 2), exactly=0.7)
+    assert_matches_reference(
+        random_case(7, 8, vocabulary, longest=4, masked=True, trimmed=vocabulary // 2), exactly=0.7
+    )
 
 
 def test_target_outside_the_trimmed_vocabulary():
@@ -192,11 +194,15 @@ def test_arguments_are_left_alone():
     case = random_case(17, 7, 111, masked=True, trimmed=20, explicit=True)
     before = [x.clone() for x in (case.tokens, case.cu_nodes, case.target, case.draft)]
     case.run("cpu")
-    assert all(torch.equal(a, b) for a, b in zip(before, (case.tokens, case.cu_nodes, case.target, case.draft), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(before, (case.tokens, case.cu_nodes, case.target, case.draft), strict=True)
+    )
 
 
 @pytest.mark.parametrize(
-    "cu_nodes", [[0, 1000], [5, 2], [-3, 4], [0, 0], [2**31 - 1, -(2**31)]], ids=["long", "falling", "negative", "empty", "huge"]
+    "cu_nodes",
+    [[0, 1000], [5, 2], [-3, 4], [0, 0], [2**31 - 1, -(2**31)]],
+    ids=["long", "falling", "negative", "empty", "huge"],
 )
 def test_any_cu_nodes_and_draft_vocab_stay_in_bounds(cu_nodes):
     case = random_case(18, 1, 111, trimmed=30, masked=True, longest=3)

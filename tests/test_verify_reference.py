@@ -44,17 +44,27 @@ def filtered_by_sorting(row, temperature, top_k, top_p, min_p):
     return torch.where(keep, z, -torch.inf).softmax(0)
 
 
+SETTINGS = [
+    (1.0, 0, 1.0, 0.0),
+    (0.7, 5, 1.0, 0.0),
+    (1.3, 0, 0.8, 0.0),
+    (1.0, 0, 1.0, 0.1),
+    (0.9, 7, 0.6, 0.05),
+    (1.0, 99, 0.3, 0.0),
+]
+
+
 @pytest.mark.parametrize("kind", ["flat", "peaked", "tied", "holes"])
-@pytest.mark.parametrize("temperature,top_k,top_p,min_p", [
-    (1.0, 0, 1.0, 0.0), (0.7, 5, 1.0, 0.0), (1.3, 0, 0.8, 0.0), (1.0, 0, 1.0, 0.1), (0.9, 7, 0.6, 0.05), (1.0, 99, 0.3, 0.0),
-])  # fmt: skip
+@pytest.mark.parametrize("temperature,top_k,top_p,min_p", SETTINGS)
 def test_filters_equal_the_sorted_definition(kind, temperature, top_k, top_p, min_p):
     rows = random_logits(6, 23, generator(1), sharpness={"flat": 0.1, "peaked": 6.0}.get(kind, 1.5)).double()
     if kind == "tied":
         rows = rows.round()
     if kind == "holes":
         rows[:, ::3] = -torch.inf
-    found, sound = Rows(rows, 23, scalars=(temperature, top_k, top_p, min_p)).probs(torch.arange(6), torch.zeros(6).long())
+    found, sound = Rows(rows, 23, scalars=(temperature, top_k, top_p, min_p)).probs(
+        torch.arange(6), torch.zeros(6).long()
+    )
     assert bool(sound.all())
     for i in range(6):
         expected = filtered_by_sorting(rows[i], temperature, top_k, top_p, min_p)
@@ -177,7 +187,10 @@ def test_compact_q_equals_q_scattered_over_the_vocabulary(method):
     wide = torch.full((N, V), -torch.inf)
     wide[:, vocab.long()] = compact
     rng = streams(batch)
-    assert same(tree(t, target, compact, method=method, draft_vocab=vocab, rng=rng), tree(t, target, wide, method=method, rng=rng))
+    assert same(
+        tree(t, target, compact, method=method, draft_vocab=vocab, rng=rng),
+        tree(t, target, wide, method=method, rng=rng),
+    )
 
 
 @pytest.mark.parametrize("method", CHAIN_METHODS)
@@ -202,7 +215,9 @@ def test_no_drafts_and_no_requests():
     for method in CHAIN_METHODS:
         found = verify_chain(tokens, cu, target, max_depth=0, method=method, rng=streams(3), backend="reference")
         assert found.num_tokens.tolist() == [1, 1, 1] and found.tokens.shape == (3, 1)
-        empty = verify_chain(tokens[:0], cu[:1], target[:0], max_depth=3, method=method, rng=streams(0), backend="reference")
+        empty = verify_chain(
+            tokens[:0], cu[:1], target[:0], max_depth=3, method=method, rng=streams(0), backend="reference"
+        )
         assert empty.tokens.shape == (0, 4) and empty.num_tokens.shape == (0,)
     for method in TREE_METHODS:
         none = DraftTree(tokens[:0], tokens[:0], cu[:1], 4, 3)
@@ -224,7 +239,9 @@ def test_explicit_uniforms_replace_the_stream_one_for_one(method):
     final = philox.coins(rng.seed, rng.offset, philox.FINAL, torch.zeros(12, dtype=torch.int64))
     a = tree(t, target, draft, method=method, rng=rng)
     assert same(a, tree(t, target, draft, method=method, accept_uniforms=accept, final_uniforms=final))
-    assert same(a, tree(t, target, draft, method=method, rng=streams(12, 9), accept_uniforms=accept, final_uniforms=final))
+    assert same(
+        a, tree(t, target, draft, method=method, rng=streams(12, 9), accept_uniforms=accept, final_uniforms=final)
+    )
 
 
 def test_logprobs_are_those_of_the_processed_target():
@@ -270,7 +287,7 @@ def test_merged_draws_have_the_law_of_separate_ones():
 @pytest.mark.parametrize("method", [m for m in EXACT_TREE if m != "greedy"])
 def test_a_point_mass_draft_is_lossless_for_any_tree(method):
     if method in ("k_seq", "greedy_multi"):
-        with pytest.raises(ValueError, match="draft_logits: method .* needs the distribution"):
+        with pytest.raises(ValueError, match=r"draft_logits: method .* needs the distribution"):
             t = DraftTree.chain(torch.zeros(1, 3))
             tree(t, random_logits(3, 5, generator(31)), method=method, rng=streams(1))
         return

@@ -286,11 +286,10 @@ def test_residual_without_mass_falls_back_to_the_target(device):
     assert (case.check(device).num_tokens == 1).all()
 
 
-@pytest.mark.parametrize("dtype", HALVES)
-def test_strides(device, dtype):
+def test_strides(device):
     """Views of wider buffers whose other elements are NaN, and logits that lie column by column."""
     for q in ("dense", "compact"):
-        case = Case(111, q=q, seed=15, dtype=HALVES[dtype])
+        case = Case(111, q=q, seed=15, dtype=torch.bfloat16, lengths=(4, 2, 3))
         for name in ("target", "draft"):
             logits = getattr(case, name)
             wide = torch.full((2 * len(logits), logits.shape[1] + 7), float("nan"), dtype=logits.dtype)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 
 from specdec_kernels import DraftTree, Philox
@@ -30,7 +32,7 @@ def random_tree(batch: int, most: int, vocabulary: int, generator: torch.Generat
         cu.append(cu[-1] + size)
         deepest = max(deepest, *depth)
     ints = [torch.tensor(x, dtype=torch.int32) for x in (tokens, parents, cu)]
-    widest = max((b - a for a, b in zip(cu, cu[1:], strict=False)), default=1)
+    widest = max((b - a for a, b in itertools.pairwise(cu)), default=1)
     return DraftTree(*ints, max_nodes=widest, max_depth=deepest)
 
 

@@ -1,6 +1,6 @@
 """The reference decoding loop: speculative decoding of any Hugging Face causal LM with specdec_kernels' ops."""
 
-from .drafters import Draft, Drafter, ModelDrafter, NoDrafter, Tree
+from .drafters import Draft, Drafter, ModelDrafter, NgramDrafter, NoDrafter, Tree
 from .generate import Generated, autoregressive, generate
 from .statistics import Statistics
 
@@ -9,6 +9,7 @@ __all__ = [
     "Drafter",
     "Generated",
     "ModelDrafter",
+    "NgramDrafter",
     "NoDrafter",
     "Statistics",
     "Tree",

@@ -14,7 +14,7 @@ from .tree_view import TreeView
 
 
 def _ratio(p: Tensor, q: Tensor) -> Tensor:
-    """p / q where q > 0; a token that q never draws has all the weight p can give."""
+    """P / q where q > 0; a token that q never draws has all the weight p can give."""
     return torch.where(q > 0, p / torch.where(q > 0, q, 1.0), torch.where(p > 0, torch.inf, 0.0))
 
 
@@ -30,8 +30,8 @@ def block(tree: TreeView, target: Rows, draft: Rows | None, coins: Coins):
     requests = torch.arange(batch, device=tree.starts.device)
     length = tree.valid.sum(1) - 1  # drafts of each chain
     w = torch.ones(batch, dtype=target.dtype, device=tree.starts.device)
-    end, kept_w = torch.zeros_like(length), w
-    sound = torch.ones(batch, dtype=torch.bool, device=tree.starts.device)
+    end, _kept_w = torch.zeros_like(length), w
+    sound = last_sound = torch.ones(batch, dtype=torch.bool, device=tree.starts.device)
     rests = None
     for i in range(tree.max_depth + 1):
         inner, here = i < length, requests * 0 + min(i, tree.tokens.shape[1] - 1)
@@ -41,7 +41,7 @@ def block(tree: TreeView, target: Rows, draft: Rows | None, coins: Coins):
             q, q_sound = torch.zeros_like(p).scatter(1, token[:, None], 1.0), inner
         else:
             q, q_sound = draft.probs(tree.row(here), requests)
-        sound &= ~inner | (p_sound & q_sound)
+        sound = sound & (~inner | (p_sound & q_sound))
         left = (w[:, None] * p - q).clamp(min=0)
         share = torch.where(inner, _hold(w, left.sum(1)), w)
         holds = i <= length
@@ -52,7 +52,7 @@ def block(tree: TreeView, target: Rows, draft: Rows | None, coins: Coins):
         rests = rest if rests is None else torch.where(holds[:, None], rest, rests)
         p_x, q_x = p.gather(1, token[:, None])[:, 0], q.gather(1, token[:, None])[:, 0]
         w = torch.where(inner, (w * _ratio(p_x, q_x)).nan_to_num(0.0).clamp(max=1.0), w)
-        last_sound = p_sound if i == 0 else torch.where(holds, p_sound, last_sound)
+        last_sound = torch.where(holds, p_sound, last_sound)
     path = tree.path_to(end)
     return path, rests, sound & last_sound
 

@@ -22,10 +22,11 @@ class Coins:
     """Uniform numbers of every decision, from explicit tensors or from Philox."""
 
     def __init__(self, starts, seed=None, offset=None, accept_uniforms=None, final_uniforms=None):
-        """
+        """Explicit uniforms where they are given, else the stream.
+
         Args:
             starts: [B] int64, first packed node of each request.
-            seed, offset: [B] int64, Philox key and counter; unused where explicit uniforms are given.
+            seed, offset: [B] int64, Philox key and counter.
             accept_uniforms: [N] fp32 in [0, 1), indexed by packed node.
             final_uniforms: [B] fp32 in [0, 1).
         """

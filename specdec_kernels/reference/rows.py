@@ -14,7 +14,8 @@ class Rows:
     """
 
     def __init__(self, logits, vocabulary, *, vocab=None, params=None, scalars=(1.0, 0.0, 1.0, 0.0), allowed=None):
-        """
+        """Rows over a vocabulary of V ids.
+
         Args:
             logits: [N, V], or [N, R] with `vocab`.
             vocabulary: V.

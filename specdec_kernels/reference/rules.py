@@ -51,6 +51,7 @@ def multi_round(p, q, x, mask, draws, coins, *, replacement: bool = True):
 
 
 def without_replacement(p, q, x, mask, draws, coins):
+    """Recursive rejection (RSD): q loses each rejected token, so draws must be tried in the order drawn."""
     return multi_round(p, q, x, mask, draws, coins, replacement=False)
 
 
