@@ -18,7 +18,7 @@ PIP := $(PY) -m pip --disable-pip-version-check --no-input
 TORCH_STAMP := $(VENV)/.stamp-$(subst =,-,$(TORCH))
 # Benchmarks pin their threads: unpinned, short ops vary by more than what is measured.
 PINNED := OMP_PROC_BIND=true OMP_PLACES=cores
-CPP := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+CPP := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 # Tests of compiled code on small inputs, repeated for every instruction set and under sanitizers.
 NATIVE_TESTS = -m "native and not full" $(shell grep -l 'mark[.]native' tests/test_*.py)
@@ -36,7 +36,7 @@ help:
 	@echo "make test       build, then run every test that is not marked full"
 	@echo "make test-full  all tests, every CPU instruction set, sanitizers"
 	@echo "make bench      benchmarks, table and pictures under $(OUT)/bench"
-	@echo "make gpu        GPU tests and benchmarks (GPU_PYTHON=... for an interpreter that has a CUDA torch)"
+	@echo "make gpu        build, GPU tests, GPU benchmarks (GPU_PYTHON=... for an interpreter that has a CUDA torch)"
 	@echo "make lint       ruff, clang-format"
 	@echo "make build      compile the extension modules in place"
 	@echo "make wheel      dist/*.whl"
@@ -92,16 +92,21 @@ sanitized: $(VENV)/.stamp-dev
 
 bench: $(VENV)/.stamp-dev build
 	mkdir -p $(OUT)/bench
-	$(PINNED) $(PY) -m pytest -q $(sort $(wildcard bench/bench_*.py)) --benchmark-json=$(OUT)/bench/results.json $(PYTEST_ARGS)
+	$(PINNED) $(PY) -m pytest -q -s $(sort $(wildcard bench/bench_*.py)) --benchmark-json=$(OUT)/bench/results.json $(PYTEST_ARGS)
 	$(PY) bench/report.py $(OUT)/bench/results.json --out $(OUT)/bench
+
+gpu: $(if $(filter $(PY),$(GPU_PYTHON)),$(VENV)/.stamp-dev)
+	$(GPU_PYTHON) bench/gpu.py --out $(OUT)/gpu
 
 lint: $(VENV)/.stamp-dev
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(if $(CPP),$(VENV)/bin/clang-format --dry-run -Werror $(CPP))
 
+# `_C` and `_C_cuda` load in every Python from 3.10; `_host`, which is optional, in the version that built the wheel.
 wheel: $(VENV)/.stamp-demo
-	$(PIP) wheel --no-build-isolation --no-deps --wheel-dir dist .
+	$(PIP) wheel --no-build-isolation --no-deps --config-settings=--build-option=--py-limited-api=cp310 \
+	    --wheel-dir dist .
 
 clean:
 	rm -rf build dist *.egg-info specdec_kernels/*.so

@@ -264,7 +264,7 @@ def extensions() -> list[Extension]:
         if {"dist_info", "bdist_wheel", "editable_wheel", "build", "build_ext", "install", "develop"} & set(sys.argv):
             sys.exit(
                 "specdec_kernels compiles against the torch that it will run with, and none is installed here: type "
-                "`pip install torch==2.13.0 setuptools pybind11` and then `pip install --no-build-isolation .`"
+                "`pip install torch==2.13.0 'setuptools>=77' pybind11` and then `pip install --no-build-isolation .`"
             )
         return []
     found = []

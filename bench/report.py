@@ -38,7 +38,8 @@ def grouped(results: dict) -> dict[str, list[dict]]:
     for benchmark in results["benchmarks"]:
         path, _, function = benchmark["fullname"].partition("::")
         family = Path(path).stem.removeprefix("bench_")
-        groups[benchmark["group"] or f"{family}: {function.partition('[')[0].removeprefix('test_')}"].append(benchmark)
+        title = f"{family}: {function.partition('[')[0].removeprefix('test_').replace('_', ' ')}"
+        groups[benchmark["group"] or title].append(benchmark)
     return dict(groups)
 
 
@@ -69,7 +70,7 @@ def machine(results: dict) -> str:
         "processor": f"{cpu.get('brand_raw') or info.get('processor')}, {cpu.get('count', '?')} logical cores",
         "system": f"{info.get('system')} {info.get('release')}",
         "python": info.get("python_version"),
-        **{key: info[key] for key in ("torch", "triton", "threads", "isa", "gpu") if info.get(key)},
+        **{key: info[key] for key in ("torch", "triton", "threads", "pinned", "isa", "gpu") if info.get(key)},
         "commit": (commit.get("id") or "unknown")[:12] + (" with changes" if commit.get("dirty") else ""),
         "measured": results.get("datetime"),
     }

@@ -12,7 +12,7 @@ from importlib import metadata
 import torch
 
 import specdec_kernels
-from specdec_kernels import backends
+from specdec_kernels import backends, host
 
 SETTINGS = ("SPECDEC_BACKEND", "SPECDEC_CPU_ISA", "SPECDEC_DEBUG", "TRITON_INTERPRET")
 
@@ -72,6 +72,7 @@ def collect() -> dict:
             "platform": platform.platform(),
         },
         "backends": backends.table(),
+        "host": {"available": host._MISSING is None, "reason": host._MISSING},
         "cpu": _cpu(),
         "gpus": _gpus(),
         "settings": {name: os.environ[name] for name in SETTINGS if name in os.environ},
@@ -93,6 +94,9 @@ def render(found: dict) -> str:
         lines.append(f"  {name:<10} {state}  {', '.join(backend['ops']) or 'no op'}")
         if backend["reason"]:
             lines.append(f"  {'':<15}{backend['reason']}")
+    lines.append("host structures compiled" if found["host"]["available"] else "host structures in plain Python")
+    if found["host"]["reason"]:
+        lines.append(f"  {'':<15}{found['host']['reason']}")
     lines += [
         f"cpu  {cpu['name']} ({cpu['architecture']}), {cpu['threads']} threads",
         f"  features  {' '.join(cpu['features'])}",

@@ -32,6 +32,7 @@ def _fake(query, key_cache, value_cache, *rest):
 
 
 library.declare("tree_attention", _SCHEMA, reference=reference.tree_attention, fake=_fake)
+backends.serves("tree_attention", "reference")
 
 
 def tree_attention(

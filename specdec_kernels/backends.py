@@ -20,6 +20,7 @@ PREFERENCE: dict[tuple[str, str], tuple[str, ...]] = {}
 
 # Read once: an environment that changes under a running program would make traced graphs lie.
 FORCED = os.environ.get("SPECDEC_BACKEND") or None
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if FORCED is not None:
     check_choice("SPECDEC_BACKEND", FORCED, NAMES)
 
@@ -42,7 +43,7 @@ def _load(module: str) -> str | None:
 def _triton_missing() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
-    if torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1":
+    if torch.cuda.is_available() or INTERPRETED:
         return None
     return "triton needs a GPU, or TRITON_INTERPRET=1 before the import"
 
@@ -81,6 +82,8 @@ def why_not(op: str, backend: str, device: str, **facts) -> str | None:
         return MISSING[backend]
     if backend in ("cpu", "cuda") and backend != device:
         return f"serves {backend} tensors, got {device}"
+    if backend == "triton" and device != "cuda" and not INTERPRETED:
+        return f"serves cuda tensors (any under TRITON_INTERPRET=1), got {device}"
     return _LIMITS[op, backend](**facts)
 
 

@@ -166,7 +166,7 @@ def head_sample(
     return_logits: bool = False,
     backend: str | None = None,
 ) -> HeadSample:
-    """k draws without replacement from softmax(logits / temperature), in draw order, without writing the logits.
+    """Draw k tokens without replacement from softmax(logits / temperature), in draw order; no logits are written.
 
     Gumbel-Top-k (Kool et al., arXiv 1903.06059): the k largest of logits / temperature + noise, where the noise of a
     token depends on (rng.seed, rng.offset, rng.row, target id) alone, so a draw is the same whatever the batch, the

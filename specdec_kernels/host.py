@@ -16,6 +16,7 @@ from .reference import host as reference
 from .types import DraftTree
 
 _MISSING = backends._load("_host")
+_MAX_DEPTH = 8
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
@@ -107,7 +108,7 @@ class SuffixIndex:
         return _tensor(self._index.propose_chain(k, min_match, max_occurrences))
 
     def propose_tree(
-        self, max_nodes: int, *, branches: int = 4, max_depth: int = 8, min_match: int = 1, max_occurrences: int = 256
+        self, max_nodes: int, *, branches: int = 4, max_depth: int = _MAX_DEPTH, min_match: int = 1, max_occurrences: int = 256
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Continue the longest match, then shorter ones, as a trie.
 
@@ -159,7 +160,7 @@ def propose_trees(indices: Sequence[SuffixIndex], max_nodes: int, *, device=None
         sizes.append(len(columns[0]))
     none = torch.empty(0, dtype=torch.int32)
     cu_nodes = torch.tensor(sizes).cumsum(0).to(torch.int32)
-    max_depth = min(max_nodes - 1, options.get("max_depth", 8))
+    max_depth = min(max_nodes - 1, options.get("max_depth", _MAX_DEPTH))
     packed = (torch.cat([none, *tokens]), torch.cat([none, *parents]), cu_nodes)
     return DraftTree(*(column.to(device) for column in packed), max_nodes, max_depth)
 

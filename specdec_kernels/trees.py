@@ -53,6 +53,7 @@ def _layout_fake(parents: Tensor, cu_nodes: Tensor, max_nodes: int):
 
 
 library.declare("tree_layout", _LAYOUT, reference=reference.tree_layout, fake=_layout_fake)
+backends.serves("tree_layout", "reference")
 
 
 def tree_layout(tree: DraftTree, *, backend: str | None = None) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,7 @@ BACKENDS = [
     ),
 ]
 # Products are exact in fp32, sums of D of them are not; logits here are of order 1.
-TOLERANCE = dict(rtol=1e-5, atol=3e-5)
+TOLERANCE = {"rtol": 1e-5, "atol": 3e-5}
 
 
 def inputs(batch: int, height: int, dim: int, dtype=torch.float32, seed: int = 0, device: str = "cpu"):

@@ -5,9 +5,19 @@ from __future__ import annotations
 import copy
 import itertools
 
+import pytest
 import torch
 from scipy.stats import chi2
 from transformers import LlamaConfig, LlamaForCausalLM
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Models this small gain nothing from a second thread, and lose much where cores are shared."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def llama(seed: int, vocab: int = 97, hidden: int = 32, layers: int = 2, spread: float = 0.3, **options):

@@ -39,14 +39,14 @@ def noise(rng: sk.Philox, ids):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_topk_and_sample_match_float64(backend, shape, dtype):
-    batch, height, dim = shape
+    batch, height, _dim = shape
     hidden, weight = inputs(*shape, dtype)
     generator = torch.Generator().manual_seed(1)
     bias, scale = torch.randn(height, generator=generator), torch.rand(height, generator=generator) + 0.5
     logits = logits64(hidden, weight, bias=bias, scale=scale)
     lse, entropy = lse_and_entropy(logits, 0.7)
     ids = torch.arange(height).expand(batch, height)
-    rest = dict(bias=bias, scale=scale, temperature=0.7, return_logits=True, backend=backend)
+    rest = {"bias": bias, "scale": scale, "temperature": 0.7, "return_logits": True, "backend": backend}
     rng = stream(batch)
     top = sk.head_topk(hidden, weight, 8, **rest)
     drawn = sk.head_sample(hidden, weight, 8, rng=rng, **rest)
@@ -144,7 +144,7 @@ def test_fewer_rows_than_k(backend):
         got = op(hidden, weight, 6, backend=backend, **rest)
         assert (got.tokens[:, 4:] == -1).all() and (got.logits[:, 4:] == -INF).all()
         assert sorted(got.tokens[0, :4].tolist()) == [0, 1, 2, 3]
-        for none in (dict(rows=torch.empty(0, dtype=torch.int32)), dict(rows=torch.empty(3, 0, dtype=torch.int32))):
+        for none in ({"rows": torch.empty(0, dtype=torch.int32)}, {"rows": torch.empty(3, 0, dtype=torch.int32)}):
             got = op(hidden, weight, 2, return_logits=True, backend=backend, **none, **rest)
             assert (got.tokens == -1).all() and (got.logits == -INF).all() and got.all_logits.shape == (3, 0)
             assert (got.lse == -INF).all() and (got.entropy == 0).all()

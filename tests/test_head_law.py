@@ -20,7 +20,7 @@ def draws(backend: str, trials: int, vary: str, temperature: float = 1.0, rows=N
     bias = torch.zeros(VOCABULARY)
     bias[3] = -float("inf")
     index = torch.arange(trials)
-    parts = dict(seed=torch.full((trials,), 77), offset=torch.full((trials,), 5), row=torch.zeros_like(index))
+    parts = {"seed": torch.full((trials,), 77), "offset": torch.full((trials,), 5), "row": torch.zeros_like(index)}
     parts[vary] = index
     rng = sk.Philox(parts["seed"], parts["offset"], parts["row"].to(torch.int32))
     law = torch.softmax((weight.double() @ hidden.double() + bias) / temperature, 0)

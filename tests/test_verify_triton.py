@@ -185,8 +185,12 @@ def test_temperatures(device, q, method):
     case.check(device, method=method, params=params, draft_params=SamplingParams(temperature=mixed.flip(0)))
 
 
+@pytest.mark.parametrize("block", [32, 4096])
 @pytest.mark.parametrize("q", ["none", "compact"])
-def test_ties_take_the_lowest_id(device, q):
+def test_ties_take_the_lowest_id(device, q, block, monkeypatch):
+    from specdec_kernels.triton import verify
+
+    monkeypatch.setattr(verify, "MAX_BLOCK", block)
     case = Case(111, q=q, seed=7)
     case.target = case.target.round().clamp(max=2)
     if case.draft is not None:

@@ -39,7 +39,7 @@ def source(kernel, arguments: dict) -> ASTSource:
     for i, (name, parameter) in enumerate(zip(kernel.arg_names, kernel.params, strict=True)):
         value = arguments[name]
         special = not parameter.do_not_specialize
-        if parameter.is_constexpr or value is None or (special and value == 1 and isinstance(value, int)):
+        if parameter.is_constexpr or value is None or (special and isinstance(value, int) and value == 1):
             signature[name], constants[name] = "constexpr", value
         elif isinstance(value, torch.Tensor):
             signature[name] = POINTERS[value.dtype]
@@ -63,14 +63,15 @@ def chain(V, dtype, q, *, K=4, masks=False, tensors=False, rng=False, logprobs=F
     def logits(columns):
         return empty(N, columns * column_stride, dtype=dtype)[:, ::column_stride]
 
-    draft = {"none": None, "dense": V, "compact": R}[q]
+    draft = None if q == "none" else logits(R if q == "compact" else V)
+    vocab = empty(R) if q == "compact" else None
     numbers = empty(B, 4, dtype=torch.float32) if tensors else None
     mask = empty(N, (V + 31) // 32) if masks else None
     seed = empty(B, dtype=torch.int64) if rng else None
     uniforms = (None, None) if rng else (empty(N, dtype=torch.float32), empty(B, dtype=torch.float32))
     _, arguments = verify.chain_arguments(
-        empty(N), empty(B + 1), logits(V), None if draft is None else logits(draft), empty(R) if q == "compact" else None,
-        K, method, numbers, (1.0, 0.0, 1.0, 0.0), mask, numbers, (1.0, 0.0, 1.0, 0.0), mask,
+        empty(N), empty(B + 1), logits(V), draft, vocab, K, method,
+        numbers, (1.0, 0.0, 1.0, 0.0), mask, numbers, (1.0, 0.0, 1.0, 0.0), mask,
         seed, seed, *uniforms, logprobs,
     )  # fmt: skip
     options = verify.launch_options(V, K)
@@ -87,15 +88,11 @@ def configurations(full: bool):
         "verify_chain fp16 greedy": chain(111, torch.float16, "none", method="greedy", logprobs=True),
     }
     if full:
-        dtypes, kinds, masks = (
-            (torch.float32, torch.bfloat16, torch.float16),
-            ("none", "dense", "compact"),
-            (False, True),
-        )
-        for V, dtype, q, mask, rng in itertools.product((111, 32000, 128256), dtypes, kinds, masks, masks):
-            name = f"verify_chain V={V} {dtype} {q} masks={mask} rng={rng}"
-            chosen[name] = chain(V, dtype, q, masks=mask, rng=rng, tensors=mask, logprobs=rng)
-        chosen["verify_chain by column"] = chain(32000, torch.bfloat16, "compact", column_stride=3, **everything)
+        dtypes, kinds = (torch.float32, torch.bfloat16, torch.float16), ("none", "dense", "compact")
+        for dtype, q, masks, rng in itertools.product(dtypes, kinds, (False, True), (False, True)):
+            name = f"verify_chain {dtype} {q} masks={masks} rng={rng}"
+            chosen[name] = chain(32000, dtype, q, masks=masks, rng=rng, tensors=masks, logprobs=rng)
+        chosen["verify_chain by column"] = chain(111, torch.bfloat16, "compact", column_stride=3, **everything)
         chosen["verify_chain long"] = chain(32000, torch.bfloat16, "dense", K=100, **everything)
     return [(name, *configuration) for name, configuration in chosen.items()]
 

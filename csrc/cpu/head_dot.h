@@ -7,7 +7,7 @@ namespace specdec::SPECDEC_TIER {
 
 constexpr int kTileRows = 4;
 // Accumulators, a row and the hidden vectors stay in registers: 32 of them with AVX-512, else 16.
-constexpr int kTileBatch = kWidth == 16 ? 4 : 2;
+constexpr int kTileBatch = kWidth == 16 ? 4 : 3;
 
 // Hidden vectors are packed contiguously and padded with zeros to a multiple of this many elements.
 constexpr int64_t kPackedStep = 32;

@@ -40,7 +40,7 @@ struct Values {
     if (!tensor) return;
     check_fits(name, *tensor, shape);
     check(tensor->scalar_type() == type, name + ": unexpected dtype");
-    kept = torch::stable::contiguous(*tensor);
+    kept = tensor->is_contiguous() ? *tensor : torch::stable::contiguous(*tensor);
     data = static_cast<const T*>(kept->const_data_ptr());
   }
 

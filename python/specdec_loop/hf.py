@@ -1,4 +1,4 @@
-"""Speculation inside `model.generate`: `model.generate(ids, custom_generate=specdec_loop.hf.custom_generate, drafter=...)`."""
+"""Speculation inside `model.generate(ids, custom_generate=specdec_loop.hf.custom_generate, drafter=...)`."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def custom_generate(
         raise ValueError(f"past_key_values: expected none, got a cache of {cache.get_seq_length()} tokens")
 
     params = sampling_params(logits_processor, bool(generation_config.do_sample))
-    eos = [each.eos_token_id.tolist() for each in stopping_criteria if isinstance(each, EosTokenCriteria)]
+    eos = {i for each in stopping_criteria if isinstance(each, EosTokenCriteria) for i in each.eos_token_id.tolist()}
     pad = getattr(generation_config, "_pad_token_tensor", None)
     # The loop ends requests at these itself.
     own = [each for each in stopping_criteria if not isinstance(each, (MaxLengthCriteria, EosTokenCriteria))]
@@ -98,7 +98,7 @@ def custom_generate(
         method=method,
         params=params,
         seeds=seeds,
-        eos_token_id=sum(eos, []),
+        eos_token_id=sorted(eos),
         pad_token_id=None if pad is None else int(pad),
         stopping_criteria=own,
         token_callback=token_callback,

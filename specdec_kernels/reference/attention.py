@@ -38,8 +38,6 @@ def tree_attention(
     if mask_bits is None or window:
         depths, ancestor_bits = tree_layout(parents, cu_nodes, max_nodes)
         sees = ancestor_bits if mask_bits is None else mask_bits
-    if k_scale is not None:
-        k_scale = k_scale.to(exact)[:, None, None]
     starts = cu_nodes.tolist()
     for b, prefix in enumerate(prefix_lens.tolist()):
         rows = slice(starts[b], starts[b + 1])
@@ -52,29 +50,35 @@ def tree_attention(
         values = _slots(value_cache, block_table, b, first, prefix + n).to(exact)
         # Query heads of one KV head share its keys, so they stand side by side as rows: [Hkv, G*n, D].
         q = query[rows].to(exact).view(n, kv_heads, groups, -1).permute(1, 2, 0, 3).reshape(kv_heads, groups * n, -1)
+        q = q * scale if k_scale is None else q * (scale * k_scale.to(exact)[:, None, None])
 
-        scores = torch.bmm(q, keys.transpose(1, 2)) * scale
-        if k_scale is not None:
-            scores = scores * k_scale
+        scores = torch.bmm(q, keys.transpose(1, 2)).view(kv_heads, groups, n, -1)
         if softcap:
             scores = softcap * torch.tanh(scores / softcap)
-        visible = _visible(sees[rows], None if depths is None else depths[rows], prefix, first, window)
-        scores = scores.view(kv_heads, groups, n, -1).masked_fill_(~visible, float("-inf"))
-
-        total = scores.logsumexp(-1)
+        # With ancestor bits and no window all of the prefix is visible: only the tree's columns need a mask then.
+        visible = _in_tree(sees[rows])
+        if window or mask_bits is not None:
+            visible = torch.cat([visible.new_ones(n, prefix - first), visible], 1)
+        if window:
+            # Positions, not slots: siblings stand at different slots but at one distance.
+            here = prefix + depths[rows]
+            position = torch.cat([torch.arange(first, prefix, device=here.device), here])
+            visible &= here[:, None] - position < window
+        scores[..., -visible.shape[1] :].masked_fill_(~visible, float("-inf"))
         if sinks is not None:
-            total = torch.logaddexp(total, sinks.to(exact).view(kv_heads, groups, 1))
-        # A row that sees nothing has total = -inf: its weights are exp(-inf - 0) = 0.
-        weights = torch.exp(scores - total.masked_fill(total == float("-inf"), 0.0)[..., None])
+            column = sinks.to(exact).view(kv_heads, groups, 1, 1).expand(-1, -1, n, 1)
+            scores = torch.cat([scores, column], -1)
+        weights = scores.softmax(-1)[..., : keys.shape[1]]
         if mask_bits is not None:
-            # Nobody may see some node's slot, and a weight of 0 does not silence a NaN there.
+            # A row that sees nothing has no softmax, and a weight of 0 does not silence a NaN in a slot nobody sees.
+            weights = weights.masked_fill(~visible.any(1)[:, None], 0.0)
             values = values.masked_fill(~visible.any(0)[:, None], 0.0)
-        mixed = torch.bmm(weights.view(kv_heads, groups * n, -1), values)
+        mixed = torch.bmm(weights.reshape(kv_heads, groups * n, -1), values)
         if v_scale is not None:
             mixed = mixed * v_scale.to(exact)[:, None, None]
         out[rows] = mixed.view(kv_heads, groups, n, -1).permute(2, 0, 1, 3).reshape(n, q_heads, -1).to(query.dtype)
         if return_lse:
-            lse[rows] = total.permute(2, 0, 1).reshape(n, q_heads)
+            lse[rows] = scores.logsumexp(-1).permute(2, 0, 1).reshape(n, q_heads)
     return out, lse
 
 
@@ -88,16 +92,7 @@ def _slots(cache: Tensor, block_table: Tensor | None, b: int, first: int, last: 
     return blocks.flatten(0, 1)[first - start * size : last - start * size].transpose(0, 1)
 
 
-def _visible(bits: Tensor, depths: Tensor | None, prefix: int, first: int, window: int) -> Tensor:
-    """[n, prefix - first + n] bool: the slots each node sees, counted from slot `first`.
-
-    Distances are between positions: prefix slot s has position s, node i has prefix + depth i.
-    """
-    n = bits.shape[0]
-    index = torch.arange(n, device=bits.device)
-    tree = (bits[:, index >> 6] >> (index & 63) & 1).bool()
-    past = torch.ones(n, prefix - first, dtype=torch.bool, device=bits.device)
-    if window:
-        tree &= depths[:, None] - depths < window
-        past &= prefix + depths[:, None] - torch.arange(first, prefix, device=bits.device) < window
-    return torch.cat([past, tree], 1)
+def _in_tree(bits: Tensor) -> Tensor:
+    """[n, n] bool: bit j of row i's words."""
+    index = torch.arange(bits.shape[0], device=bits.device)
+    return (bits[:, index >> 6] >> (index & 63) & 1).bool()

@@ -1,4 +1,4 @@
-"""The drafter's head in plain PyTorch: logits of some rows, what a softmax of them needs, and the best or drawn tokens."""
+"""The drafter's head in plain PyTorch: logits of some rows, what a softmax of them needs, the best or drawn tokens."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def head_topk(hidden: Tensor, weight: Tensor, k: int, *rest):
 
 
 def head_sample(hidden: Tensor, weight: Tensor, k: int, seed: Tensor, offset: Tensor, row: Tensor | None, *rest):
-    """k draws without replacement: the k largest of logits / temperature + Gumbel noise (Kool et al., 1903.06059)."""
+    """Draws without replacement: the k largest of logits / temperature + Gumbel noise (Kool et al., 1903.06059)."""
     row = torch.zeros_like(offset) if row is None else row
 
     def noise(ids):

@@ -62,13 +62,14 @@ def grow_chain(
     table = torch.stack(tokens, 1)
     width = table.shape[1]
     # What no node was drawn from (the leaf's row) is never read.
-    q = None if not logits else torch.stack([*logits, logits[-1]][:width], 1)
+    q = None if sampled is None else torch.stack([*logits, logits[-1]][:width], 1)
+    vocab = None if sampled is None else head.rows
     slots = torch.arange(width, device=roots.device).expand(batch, width)
     slots = torch.where(slots < width - 1, slots, -1)
     if min(lengths) == width:
-        return Grown(Draft(DraftTree.chain(table), None if q is None else q.flatten(0, 1), head.rows), slots)
+        return Grown(Draft(DraftTree.chain(table), None if q is None else q.flatten(0, 1), vocab), slots)
     keep = slots.new_tensor(lengths)[:, None] > torch.arange(width, device=roots.device)
-    return Grown(Draft(DraftTree.chain(table, lengths), None if q is None else q[keep], head.rows), slots)
+    return Grown(Draft(DraftTree.chain(table, lengths), None if q is None else q[keep], vocab), slots)
 
 
 def grow_ranked(feed: Feed, head: Head, hidden: Tensor, roots: Tensor, shape: Tree) -> Grown:

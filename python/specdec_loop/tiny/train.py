@@ -75,12 +75,12 @@ def generated_stage(out: Path, tokens: np.ndarray, target: LlamaForCausalLM, arg
 def drafter_stage(
     out: Path, tokens: np.ndarray, generated: np.ndarray, target: LlamaForCausalLM, args: argparse.Namespace
 ) -> LlamaForCausalLM:
-    """The drafter: first mostly on the corpus, then mostly on the target's text, about which it will be asked."""
+    """The drafter: first on the corpus, then mostly on the target's text, about which it will be asked."""
     if (out / "drafter" / "config.json").exists():
         return LlamaForCausalLM.from_pretrained(out / "drafter", dtype=torch.float32)
     model = make_drafter(target, args.drafter_layers)
     for index, (budget, share, lr, hard) in enumerate(
-        [(args.drafter_tokens, 0.25, 5e-3, 0.2), (args.finetune_tokens, 0.75, 1.5e-3, 0.5)]
+        [(args.drafter_tokens, 0.0, 5e-3, 0.2), (args.finetune_tokens, 0.8, 2e-3, 0.5)]
     ):
         schedule = Schedule(tokens=budget, length=256, batch=8, peak_lr=lr)
         sampler = UnigramSampler(token_counts(tokens), NEGATIVES, seed=7 + index)

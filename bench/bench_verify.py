@@ -1,0 +1,158 @@
+"""Chain verification against plain torch, at the vocabulary of Llama-3.
+
+`plain` is what engines do: softmax of all rows, gather, residual, multinomial, vectorised over the batch. `careful` is
+the best that torch gives: the same in preallocated buffers, one draw by inverse CDF instead of multinomial. Both take the
+residual of the one row per request that is drawn from, and both leave out what the op also does: ragged chains, filters,
+checks of broken rows. Run with pinned threads:
+OMP_PROC_BIND=true OMP_PLACES=cores python -m pytest bench/bench_verify.py -s
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import pytest
+import torch
+from common import compare
+from torch import Tensor
+
+import specdec_kernels as sk
+
+VOCABULARY, DRAFTS, TRIMMED = 128256, 4, 32000
+NOISE = 0.75  # between the logits of drafter and target: 0.7 of the drafts are accepted
+
+
+class Problem(NamedTuple):
+    tokens: Tensor  # [B, K+1] int32
+    target: Tensor  # [N, V]
+    draft: Tensor  # [N, V]
+    accept: Tensor  # [N]
+    final: Tensor  # [B]
+    vocab: Tensor | None = None  # [R], then draft is [N, R]
+
+    def arguments(self):
+        batch, width = self.tokens.shape
+        return self.tokens.view(-1), torch.arange(batch + 1, dtype=torch.int32) * width, self.target, self.draft
+
+    def options(self):
+        uniforms = {"accept_uniforms": self.accept, "final_uniforms": self.final}
+        return {"max_depth": self.tokens.shape[1] - 1, "draft_vocab": self.vocab, **uniforms}
+
+
+def problem(batch: int, dtype: torch.dtype) -> Problem:
+    generator = torch.Generator().manual_seed(0)
+    nodes = batch * (DRAFTS + 1)
+    target = torch.randn(nodes, VOCABULARY, generator=generator).mul_(3)
+    draft = torch.randn(nodes, VOCABULARY, generator=generator).mul_(NOISE).add_(target).to(dtype)
+    tokens = torch.zeros(nodes, dtype=torch.int32)
+    for i in range(nodes - 1):
+        tokens[i + 1] = inverse_cdf(draft[i : i + 1].float().softmax(1), torch.rand(1, 1, generator=generator))[0, 0]
+    uniforms = torch.rand(nodes + batch, generator=generator)
+    return Problem(tokens.view(batch, -1), target.to(dtype), draft, uniforms[:nodes], uniforms[nodes:])
+
+
+def inverse_cdf(mass: Tensor, u: Tensor) -> Tensor:
+    cdf = mass.cumsum(1)
+    return torch.searchsorted(cdf, u * cdf[:, -1:], right=True).clamp_(max=mass.shape[1] - 1)
+
+
+def multinomial(mass: Tensor, u: Tensor) -> Tensor:
+    return torch.multinomial(mass, 1)
+
+
+def finish(p: Tensor, q: Tensor, case: Problem, draw) -> Tensor:
+    """[B, K+1] tokens from probabilities [B, K+1, V] of both models."""
+    batch, width = case.tokens.shape
+    drafts = case.tokens[:, 1:].long()
+    px = p[:, :-1].gather(2, drafts[:, :, None])[:, :, 0]
+    qx = q[:, :-1].gather(2, drafts[:, :, None])[:, :, 0]
+    accepted = (case.accept.view(batch, width)[:, 1:] * qx < px).cumprod(1).sum(1)
+    rows = torch.arange(batch)
+    mass = p[rows, accepted]
+    rejected = accepted < width - 1
+    mass[rejected] = mass[rejected].sub_(q[rows[rejected], accepted[rejected]]).clamp_(min=0)
+    tokens = torch.cat([drafts, torch.full((batch, 1), -1)], 1)
+    tokens[torch.arange(width) >= accepted[:, None]] = -1
+    return tokens.scatter_(1, accepted[:, None], draw(mass, case.final[:, None]))
+
+
+def plain(case: Problem) -> Tensor:
+    shape = (*case.tokens.shape, VOCABULARY)
+    p = torch.softmax(case.target, 1, dtype=torch.float32).view(shape)
+    q = torch.softmax(case.draft, 1, dtype=torch.float32).view(shape)
+    return finish(p, q, case, multinomial)
+
+
+def careful(case: Problem, p: Tensor, q: Tensor) -> Tensor:
+    torch.softmax(case.target, 1, dtype=torch.float32, out=p)
+    torch.softmax(case.draft, 1, dtype=torch.float32, out=q)
+    shape = (*case.tokens.shape, VOCABULARY)
+    return finish(p.view(shape), q.view(shape), case, inverse_cdf)
+
+
+def scattered(case: Problem, p: Tensor, q: Tensor) -> Tensor:
+    """`careful` for a drafter with a trimmed vocabulary: its probabilities are scattered back to V."""
+    torch.softmax(case.target, 1, dtype=torch.float32, out=p)
+    q.zero_().index_copy_(1, case.vocab.long(), torch.softmax(case.draft, 1, dtype=torch.float32))
+    shape = (*case.tokens.shape, VOCABULARY)
+    return finish(p.view(shape), q.view(shape), case, inverse_cdf)
+
+
+def bytes_of_rows(case: Problem, number: Tensor) -> int:
+    """Bytes of the rows that the walks read, once each."""
+    drafted = number.clamp(max=DRAFTS).sum() * case.draft.shape[1] * case.draft.element_size()
+    return int(number.sum() * VOCABULARY * case.target.element_size() + drafted)
+
+
+CASES = [(dtype, batch) for dtype in (torch.float32, torch.bfloat16) for batch in (1, 8, 32)]
+IDS = [f"{str(dtype).removeprefix('torch.')}-B{batch}" for dtype, batch in CASES]
+
+
+def measure(benchmark, case: Problem, baselines: dict, **options) -> None:
+    arguments, options = case.arguments(), case.options() | options
+
+    def candidate():
+        return sk.verify_chain(*arguments, **options)
+
+    result = candidate()
+    benchmark.extra_info["tokens_per_request"] = result.num_tokens.float().mean().item()
+    # Read elsewhere, the limit leaves the caches as it finds them for everyone.
+    memory = torch.zeros_like(case.target)
+    read = bytes_of_rows(case, result.num_tokens) if options.get("method") != "greedy" else 0
+    compare(benchmark, candidate, baselines, memory=memory if read else None, bytes_read=read, rounds=15)
+
+
+@pytest.mark.parametrize(("dtype", "batch"), CASES, ids=IDS)
+def test_token(benchmark, dtype, batch):
+    case = problem(batch, dtype)
+    p, q = torch.empty(case.target.shape), torch.empty(case.target.shape)
+    found = sk.verify_chain(*case.arguments(), **case.options())
+    assert torch.equal(careful(case, p, q)[:, :DRAFTS] >= 0, found.tokens[:, :DRAFTS] >= 0)  # the same work
+    baselines = {"plain": lambda: plain(case), "careful": lambda: careful(case, p, q)}
+    measure(benchmark, case, baselines)
+
+
+@pytest.mark.parametrize(("dtype", "batch"), CASES, ids=IDS)
+def test_token_with_a_trimmed_draft(benchmark, dtype, batch):
+    case = problem(batch, dtype)
+    generator = torch.Generator().manual_seed(1)
+    drafted = case.tokens.reshape(-1).unique().int()
+    others = torch.randperm(VOCABULARY, generator=generator)[: TRIMMED - len(drafted)].int()
+    vocab = torch.cat([drafted, others]).unique()
+    case = case._replace(draft=case.draft[:, vocab.long()], vocab=vocab)
+    p, q = torch.empty(case.target.shape), torch.empty(case.target.shape)
+    measure(benchmark, case, {"careful_scattered": lambda: scattered(case, p, q)})
+
+
+@pytest.mark.parametrize(("dtype", "batch"), CASES, ids=IDS)
+def test_greedy(benchmark, dtype, batch):
+    case = problem(batch, dtype)
+    width = case.tokens.shape[1]
+
+    def torch_greedy():
+        top = case.target.argmax(1).view(-1, width)
+        accepted = (top[:, :-1] == case.tokens[:, 1:]).cumprod(1).sum(1)
+        return top.masked_fill(torch.arange(width) > accepted[:, None], -1)
+
+    assert torch.equal(torch_greedy().int(), sk.verify_chain(*case.arguments(), max_depth=DRAFTS, method="greedy").tokens)
+    measure(benchmark, case, {"argmax": torch_greedy}, method="greedy")

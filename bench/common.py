@@ -1,0 +1,77 @@
+"""What every benchmark shares: rounds in which all candidates take turns, the machine's limits, ratios for times.
+
+A round runs every baseline, every limit and then the candidate, so that a disturbance of the machine meets all of
+them; each keeps its best round. Ratios and shares of a limit go to `extra_info`, where bench/report.py finds them.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+
+def require_pinned_threads() -> None:
+    """Skip where threads may wander: short ops then vary by more than what is measured."""
+    if os.environ.get("OMP_PROC_BIND", "").lower() not in ("true", "close", "spread", "master", "primary"):
+        pytest.skip("threads are not pinned: set OMP_PROC_BIND=true OMP_PLACES=cores")
+
+
+def timed(function: Callable[[], object]) -> float:
+    """Seconds of one call."""
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def readers(tensor: Tensor) -> dict[str, Callable[[], object]]:
+    """Ways to read all bytes of a contiguous tensor once; the fastest is the machine's read bandwidth."""
+    flat = tensor.view(-1)
+    ints, longs = flat.view(torch.int32), flat.view(torch.int64)
+    return {"amax": lambda: torch.amax(ints), "sum": lambda: torch.sum(longs), "min": lambda: torch.amin(ints)}
+
+
+def compare(
+    benchmark,
+    candidate: Callable[[], object],
+    baselines: dict[str, Callable[[], object]],
+    *,
+    memory: Tensor | None = None,
+    bytes_read: int = 0,
+    rounds: int = 10,
+) -> None:
+    """Measure `candidate` against `baselines`, and against the read bandwidth of `memory` where that is given.
+
+    Stores `speedup_<baseline>` (its time / the candidate's) and `fraction_read_bandwidth` (bytes_read per second of the
+    candidate / bytes of `memory` per second of the fastest reader) in the benchmark's extra_info, and prints them.
+    """
+    require_pinned_threads()
+    limits = {} if memory is None else readers(memory)
+    others = {f"baseline {name}": f for name, f in baselines.items()} | {
+        f"limit {name}": f for name, f in limits.items()
+    }
+    best = dict.fromkeys(others, float("inf"))
+
+    def before_each_round():
+        for name, function in others.items():
+            best[name] = min(best[name], timed(function))
+
+    benchmark.pedantic(candidate, setup=before_each_round, rounds=rounds, warmup_rounds=1)
+    if benchmark.stats is None:  # --benchmark-disable: the candidate ran once, for its errors
+        return
+    seconds = benchmark.stats.stats.min
+    for name in baselines:
+        benchmark.extra_info[f"speedup_{name}"] = best[f"baseline {name}"] / seconds
+    if memory is not None:
+        fastest = min(best[f"limit {name}"] for name in limits)
+        bandwidth = memory.nbytes / fastest
+        benchmark.extra_info["read_gb_per_s"] = bandwidth / 1e9
+        benchmark.extra_info["fraction_read_bandwidth"] = bytes_read / seconds / bandwidth
+    ratios = ", ".join(
+        f"{name} {value:.2f}" for name, value in benchmark.extra_info.items() if isinstance(value, float)
+    )
+    print(f"\n{benchmark.name}: {ratios}")

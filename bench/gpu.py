@@ -1,0 +1,99 @@
+"""Build, test and measure on a CUDA machine: `python bench/gpu.py [--out out/gpu]`.
+
+Writes beside each other: the log of every step, the benchmarks as pytest-benchmark left them, their table and pictures,
+and summary.json with the hardware, the versions, the commit, each command, its exit status and its seconds. A step that
+fails does not stop the next, so that one run tells as much as it can; the exit status is 1 if any failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import time
+from datetime import datetime, timezone
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def output_of(*command: str) -> str | None:
+    """What a command prints, None where it is missing or fails."""
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def machine() -> dict:
+    gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    query = "--query-gpu=name,driver_version,memory.total,clocks.max.sm,clocks.max.mem,power.limit"
+    return {
+        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "commit": output_of("git", "rev-parse", "HEAD"),
+        "uncommitted": output_of("git", "status", "--porcelain"),
+        "command": shlex.join([sys.executable, *sys.argv]),
+        "gpus": [{"name": g.name, "capability": f"{g.major}.{g.minor}", "bytes": g.total_memory} for g in gpus],
+        "nvidia_smi": output_of("nvidia-smi", query, "--format=csv"),
+        "nvcc": output_of("nvcc", "--version"),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "specdec_kernels": output_of(sys.executable, "-m", "specdec_kernels", "--json"),
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=ROOT / "out" / "gpu")
+    out = parser.parse_args().out.resolve()
+    if not torch.cuda.is_available():
+        print(f"torch {torch.__version__} of {sys.executable} sees no CUDA device; nothing was run.", file=sys.stderr)
+        return 2
+    out.mkdir(parents=True, exist_ok=True)
+    archs = sorted({".".join(map(str, torch.cuda.get_device_capability(i))) for i in range(torch.cuda.device_count())})
+    environment = {
+        **os.environ,
+        "FORCE_CUDA": "1",
+        "SPECDEC_REQUIRE_EXT": "1",
+        "TORCH_CUDA_ARCH_LIST": os.environ.get("TORCH_CUDA_ARCH_LIST", ";".join(archs)),
+        "OMP_PROC_BIND": "true",
+        "OMP_PLACES": "cores",
+    }
+    python, results = sys.executable, str(out / "results.json")
+    steps = {
+        "build": [python, "setup.py", "build_ext", "--inplace"],
+        "tests": [python, "-m", "pytest", "-m", "gpu", "tests"],
+        "bench": [python, "-m", "pytest", "-s", "-m", "gpu", "bench/bench_gpu.py", f"--benchmark-json={results}"],
+        "report": [python, "bench/report.py", results, "--out", str(out)],
+    }
+    summary = {"steps": {}}
+    for name, command in steps.items():
+        print(f"== {shlex.join(command)}", flush=True)
+        started = time.monotonic()
+        with open(out / f"{name}.log", "w") as log:
+            process = subprocess.Popen(
+                command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+            )
+            for line in process.stdout:
+                print(line, end="", flush=True)
+                log.write(line)
+            status = process.wait()
+        seconds = round(time.monotonic() - started, 1)
+        summary["steps"][name] = {"command": shlex.join(command), "status": status, "seconds": seconds}
+        summary["machine"] = machine()
+        (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    failed = [name for name, step in summary["steps"].items() if step["status"]]
+    print(f"{out}: " + (f"failed: {', '.join(failed)}" if failed else "all steps passed"))
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,95 @@
+"""Tree attention as an op: schema, tracing, and bad arguments by name."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from attention_cases import NAN, Case
+
+from specdec_kernels import tree_attention
+
+
+def test_op_contract():
+    case = Case([[-1, 0, 0], [-1, 0]], [6, 2])
+    paged = case.paged(4)
+    tree = case.tree
+    plain = (case.query, case.keys, case.values, tree.parents, tree.cu_nodes, 3, case.prefix_lens)
+    blocks = (case.query, paged["key_cache"], paged["value_cache"], *plain[3:])
+    sees = tree.ancestor_bits()
+    op = torch.ops.specdec_kernels.tree_attention.default
+    torch.library.opcheck(op, (*plain, None, None, 0.3, 0, 0.0, None, None, None, False))
+    ones = torch.ones(2)
+    torch.library.opcheck(op, (*blocks, paged["block_table"], sees, 0.3, 4, 9.0, torch.ones(4), ones, ones, True))
+
+
+def test_compiles_without_a_break():
+    case = Case([[-1, 0, 0], [-1, 0]], [6, 2])
+    options = {"window": 5, "k_scale": 2.0, "return_lse": True}
+    compiled = torch.compile(lambda **kw: tree_attention(**kw), fullgraph=True, backend="aot_eager")
+    arguments = {"query": case.query, "key_cache": case.keys, "value_cache": case.values, "tree": case.tree}
+    got = compiled(**arguments, prefix_lens=case.prefix_lens, **options)
+    for a, b in zip(got, case.run(**options), strict=True):
+        assert a.equal(b)
+
+
+def ints(*shape):
+    return torch.zeros(shape, dtype=torch.int32)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"query": torch.zeros(5, 4)}, ValueError, r"query: expected shape \[N, Hq, D\], got \[5, 4\]"),
+        ({"query": torch.zeros(5, 4, 8, dtype=torch.int64)}, TypeError, "query: expected dtype float32 .* got int64"),
+        ({"query": torch.zeros(5, 3, 8)}, ValueError, "query: expected Hq to be a multiple of Hkv=2, got Hq=3"),
+        ({"query": torch.zeros(4, 4, 8)}, ValueError, r"tree.parents: expected shape \[N=4\], got \[5\]"),
+        ({"prefix_lens": ints(3)}, ValueError, r"prefix_lens: expected shape \[B=2\], got \[3\]"),
+        ({"prefix_lens": ints(2).long()}, TypeError, "prefix_lens: expected dtype int32, got int64"),
+        ({"key_cache": torch.zeros(2, 2, 9, 7)}, ValueError, r"key_cache: expected shape \[B=2, Hkv=2, L=9, D=8\]"),
+        ({"value_cache": torch.zeros(2, 2, 8, 8)}, ValueError, "value_cache: expected shape .*L=14.*got"),
+        ({"value_cache": torch.zeros(2, 2, 14, 8).half()}, TypeError, "value_cache: expected the dtype of key_cache"),
+        ({"mask_bits": ints(5, 1)}, TypeError, "mask_bits: expected dtype int64, got int32"),
+        ({"mask_bits": ints(5, 2).long()}, ValueError, r"mask_bits: expected shape \[N=5, W=1\], got \[5, 2\]"),
+        ({"window": 0}, ValueError, "window: expected >= 1, got 0"),
+        ({"window": 2.0}, TypeError, "window: expected an int, got float"),
+        ({"scale": "big"}, TypeError, "scale: expected a number, got str"),
+        ({"scale": NAN}, ValueError, "scale: expected a finite number, got nan"),
+        ({"softcap": -1.0}, ValueError, "softcap: expected a number >= 0 or None, got -1.0"),
+        ({"sinks": torch.zeros(2)}, ValueError, r"sinks: expected shape \[Hq=4\], got \[2\]"),
+        ({"k_scale": torch.zeros(4)}, ValueError, r"k_scale: expected shape \[Hkv=2\], got \[4\]"),
+        ({"v_scale": [1.0]}, TypeError, "v_scale: expected a number, got list"),
+        ({"backend": "fast"}, ValueError, "backend: expected one of 'reference'"),
+    ],
+)
+def test_bad_arguments_are_named(change, error, message):
+    case = Case([[-1, 0, 0], [-1, 0]], [6, 2])
+    with pytest.raises(error, match=message):
+        case.run(**change)
+
+
+def test_bad_trees_and_block_tables_are_named():
+    case = Case([[-1, 0, 0], [-1, 0]], [6, 2])
+    with pytest.raises(TypeError, match="tree: expected a DraftTree, got NoneType"):
+        tree_attention(case.query, case.keys, case.values, None, case.prefix_lens)
+    paged = case.paged(4)
+    with pytest.raises(ValueError, match=r"block_table: expected shape \[B=2, M\], got \[3, 4\]"):
+        case.run(**paged | {"block_table": ints(3, 4)})
+    with pytest.raises(TypeError, match="block_table: expected dtype int32, got int64"):
+        case.run(**paged | {"block_table": paged["block_table"].long()})
+    with pytest.raises(ValueError, match=r"key_cache: expected block_size >= 1, got \[3, 0, 2, 8\]"):
+        case.run(**paged | {name: torch.zeros(3, 0, 2, 8) for name in ("key_cache", "value_cache")})
+
+
+def test_debug_checks_read_values(monkeypatch):
+    monkeypatch.setattr("specdec_kernels.attention.DEBUG", True)
+    case = Case([[-1, 0, 0], [-1, 0]], [6, 2])
+    case.run()
+    with pytest.raises(ValueError, match="prefix_lens: expected prefix and tree within 14 slots, got 12 at index 0"):
+        case.run(prefix_lens=torch.tensor([12, 2], dtype=torch.int32))
+    with pytest.raises(ValueError, match=r"prefix_lens: .* got -1 at index 1"):
+        case.run(prefix_lens=torch.tensor([6, -1], dtype=torch.int32))
+    paged = case.paged(4)
+    case.run(**paged)
+    paged["block_table"][1, 0] = -1
+    with pytest.raises(ValueError, match=r"block_table: expected blocks in 0..\d+, got -1 at index 4"):
+        case.run(**paged)
