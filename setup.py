@@ -250,9 +250,6 @@ class build_native(build_ext):
         # What was not built is not there to be copied into a wheel or next to the sources.
         self.extensions = built
 
-    def get_source_files(self) -> list[str]:
-        return [str(path.relative_to(ROOT)) for path in sorted(CSRC.rglob("*")) if path.is_file()]
-
 
 def extensions() -> list[Extension]:
     if flag("SPECDEC_NO_EXT"):

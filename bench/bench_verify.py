@@ -1,9 +1,9 @@
 """Chain verification against plain torch, at the vocabulary of Llama-3.
 
 `plain` is what engines do: softmax of all rows, gather, residual, multinomial, vectorised over the batch. `careful` is
-the best that torch gives: the same in preallocated buffers, one draw by inverse CDF instead of multinomial. Both take the
-residual of the one row per request that is drawn from, and both leave out what the op also does: ragged chains, filters,
-checks of broken rows. Run with pinned threads:
+the best that torch gives: the same in preallocated buffers, and one uniform and an inverse CDF instead of multinomial.
+Both take the residual of only the one row per request that is drawn from, and leave out what the op also does: ragged
+chains, filters, checks of broken rows. Run with pinned threads:
 OMP_PROC_BIND=true OMP_PLACES=cores python -m pytest bench/bench_verify.py -s
 """
 
@@ -40,7 +40,7 @@ class Problem(NamedTuple):
 
 
 def problem(batch: int, dtype: torch.dtype) -> Problem:
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(3)  # of few requests, too, a typical number of drafts is accepted
     nodes = batch * (DRAFTS + 1)
     target = torch.randn(nodes, VOCABULARY, generator=generator).mul_(3)
     draft = torch.randn(nodes, VOCABULARY, generator=generator).mul_(NOISE).add_(target).to(dtype)
@@ -148,11 +148,17 @@ def test_token_with_a_trimmed_draft(benchmark, dtype, batch):
 def test_greedy(benchmark, dtype, batch):
     case = problem(batch, dtype)
     width = case.tokens.shape[1]
+    case = case._replace(tokens=case.draft.argmax(1).roll(1).int().view(-1, width))
 
-    def torch_greedy():
-        top = case.target.argmax(1).view(-1, width)
+    def finish_greedy(top: Tensor) -> Tensor:
+        top = top.view(-1, width)
         accepted = (top[:, :-1] == case.tokens[:, 1:]).cumprod(1).sum(1)
         return top.masked_fill(torch.arange(width) > accepted[:, None], -1)
 
-    assert torch.equal(torch_greedy().int(), sk.verify_chain(*case.arguments(), max_depth=DRAFTS, method="greedy").tokens)
-    measure(benchmark, case, {"argmax": torch_greedy}, method="greedy")
+    baselines = {
+        "argmax": lambda: finish_greedy(case.target.argmax(1)),
+        "max": lambda: finish_greedy(case.target.max(1).indices),  # several times faster than argmax in bf16
+    }
+    found = sk.verify_chain(*case.arguments(), max_depth=DRAFTS, method="greedy")
+    assert torch.equal(baselines["argmax"]().int(), found.tokens)
+    measure(benchmark, case, baselines, method="greedy")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 from array import array
 from collections.abc import Sequence
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -73,8 +74,6 @@ class SuffixIndex:
             TypeError, ValueError: tokens that are not integers in [0, 2^31), or more than 2^28 in all.
         """
         tokens = _int32(tokens)
-        if tokens.numel() and int(tokens.min()) < 0:
-            raise ValueError(f"tokens: expected ids in [0, 2^31), got {int(tokens.min())}")
         # A view of the tensor's memory; `tokens` outlives the call.
         self._index.extend(
             (ctypes.c_int32 * tokens.numel()).from_address(tokens.data_ptr()) if len(tokens) else array("i")
@@ -108,7 +107,13 @@ class SuffixIndex:
         return _tensor(self._index.propose_chain(k, min_match, max_occurrences))
 
     def propose_tree(
-        self, max_nodes: int, *, branches: int = 4, max_depth: int = _MAX_DEPTH, min_match: int = 1, max_occurrences: int = 256
+        self,
+        max_nodes: int,
+        *,
+        branches: int = 4,
+        max_depth: int = _MAX_DEPTH,
+        min_match: int = 1,
+        max_occurrences: int = 256,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Continue the longest match, then shorter ones, as a trie.
 
@@ -171,17 +176,16 @@ def _check_limits(min_match: int, max_occurrences: int) -> None:
 
 
 def _int32(tokens) -> Tensor:
-    """[n] int32 contiguous tensor of tokens; int32 memory is not copied."""
+    """[n] int32 contiguous tensor of tokens in [0, 2^31); int32 memory is not copied."""
     if not isinstance(tokens, Tensor):
         try:
             view = memoryview(tokens)
         except TypeError:
             values = list(tokens)
-            if not all(isinstance(value, int) and not isinstance(value, bool) for value in values):
-                raise TypeError("tokens: expected integers, got " + repr(values[:4])) from None
-            bad = next((value for value in values if not 0 <= value < 2**31), None)
-            if bad is not None:
-                raise ValueError(f"tokens: expected ids in [0, 2^31), got {bad}") from None
+            if not all(isinstance(value, Integral) and not isinstance(value, bool) for value in values):
+                raise TypeError(f"tokens: expected integers, got {values[:4]}") from None
+            for value in values:
+                _check_id(value)
             return torch.tensor(values, dtype=torch.int32)
         if view.ndim != 1 or view.format not in ("i", "l", "q"):
             raise TypeError(
@@ -196,13 +200,15 @@ def _int32(tokens) -> Tensor:
         raise TypeError(f"tokens: expected an integer dtype, got {str(tokens.dtype).removeprefix('torch.')}")
     if tokens.ndim != 1 or tokens.device.type != "cpu":
         raise ValueError(f"tokens: expected shape [n] on the CPU, got {list(tokens.shape)} on {tokens.device}")
-    if tokens.dtype == torch.int64 and tokens.numel() and int(tokens.max()) >= 2**31:
-        raise ValueError(f"tokens: expected ids in [0, 2^31), got {int(tokens.max())}")
-    return (
-        tokens.clamp(min=-1).to(torch.int32).contiguous()
-        if tokens.dtype == torch.int64
-        else tokens.to(torch.int32).contiguous()
-    )
+    if tokens.numel():
+        low, high = (int(bound) for bound in tokens.aminmax())
+        _check_id(low if low < 0 else high)
+    return tokens.to(torch.int32).contiguous()
+
+
+def _check_id(token: int) -> None:
+    if not 0 <= token < 2**31:
+        raise ValueError(f"tokens: expected ids in [0, 2^31), got {token}")
 
 
 def _tensor(values) -> Tensor:

@@ -143,7 +143,7 @@ class HeadTopK(NamedTuple):
     """The largest logits of a drafter head and what is needed to turn them into probabilities."""
 
     logits: Tensor  # [B, k] fp32, descending, before temperature
-    tokens: Tensor  # [B, k] int32 target ids; equal logits in ascending id order; -1 where fewer than k rows exist
+    tokens: Tensor  # [B, k] int32 target ids; equal logits by ascending id; -1 where fewer than k are > -inf
     lse: Tensor  # [B] fp32, log-sum-exp of logits / temperature
     entropy: Tensor  # [B] fp32, nats, of softmax(logits / temperature)
     all_logits: Tensor | None  # [B, R] fp32 before temperature, on request

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -34,8 +35,7 @@ class Case:
         return replace(self, options={**self.options, **changes})
 
     def requests(self) -> list[range]:
-        cu = self.cu_nodes.tolist()
-        return [range(a, b) for a, b in zip(cu, cu[1:], strict=False)]
+        return [range(first, end) for first, end in pairwise(self.cu_nodes.tolist())]
 
     def owners(self) -> Tensor:
         """[N] int64, the request of each node."""

@@ -17,12 +17,12 @@ BACKENDS = [
 TOLERANCE = {"rtol": 1e-5, "atol": 3e-5}
 
 
-def inputs(batch: int, height: int, dim: int, dtype=torch.float32, seed: int = 0, device: str = "cpu"):
+def inputs(batch: int, height: int, dim: int, dtype=torch.float32, seed: int = 0):
     """(hidden [B, D], weight [V, D]) whose logits have variance 4."""
     generator = torch.Generator().manual_seed(seed)
     hidden = torch.randn(batch, dim, generator=generator)
     weight = torch.randn(height, dim, generator=generator) * (2 / max(dim, 1) ** 0.5)
-    return hidden.to(dtype).to(device), weight.to(dtype).to(device)
+    return hidden.to(dtype), weight.to(dtype)
 
 
 def whole(batch: int, height: int, dim: int, dtype=torch.float32, seed: int = 0):

@@ -247,6 +247,22 @@ def test_a_draw_depends_on_its_stream_and_ids_only(backend):
         assert not torch.equal(sk.head_sample(hidden, weight, 5, rng=change, backend=backend).tokens, base.tokens)
 
 
+def test_every_device(device):
+    """Unforced, on whatever serves the device: the same draws, whole numbers so that no logit is rounded."""
+    hidden, weight = whole(5, 600, 12)
+    rows = torch.randperm(600, generator=torch.Generator().manual_seed(6))[:400].to(torch.int32)
+    rng = stream(5)
+    here = [tensor.to(device) for tensor in (hidden, weight, rows)]
+    there = sk.Philox(*(part.to(device) for part in rng))
+    top = sk.head_topk(*here[:2], 8, rows=here[2])
+    drawn = sk.head_sample(*here[:2], 8, rng=there, rows=here[2], temperature=0.5)
+    want = sk.head_topk(hidden, weight, 8, rows=rows, backend="reference")
+    assert torch.equal(top.tokens.cpu(), want.tokens) and torch.equal(top.logits.cpu(), want.logits)
+    torch.testing.assert_close(top.lse.cpu(), want.lse, **TOLERANCE)
+    keys = logits64(hidden, weight, rows) / 0.5 + noise(rng, rows[None])
+    check_ranking(drawn.tokens.cpu(), keys, rows.expand(5, -1))
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("backend", BACKENDS[1:])
 def test_results_do_not_depend_on_threads_or_neighbours(backend, dtype):

@@ -8,6 +8,7 @@ pytest.importorskip("transformers")
 
 from specdec_loop import tiny
 from specdec_loop.tiny import corpus
+from specdec_loop.tiny.evaluate import CHAIN, TREE, draft_tree, heldout_texts, longest_match, tokens_per_call
 from specdec_loop.tiny.pair import DATA
 from specdec_loop.tiny.prompts import prompt_files
 from specdec_loop.tiny.sampled import UnigramSampler, candidate_logits, sampled_distillation
@@ -107,9 +108,39 @@ class TestShipped:
             for model, bound in ((pair.target, 4.5), (pair.drafter, 5.5)):
                 assert model(prompts, labels=prompts).loss < bound
 
+    @pytest.mark.full
+    def test_tokens_per_target_call(self, pair):
+        texts, start = heldout_texts(pair, prompts=50)
+        chain = tokens_per_call(pair, texts, start, CHAIN)
+        assert chain >= 2.5
+        assert tokens_per_call(pair, texts, start, CHAIN, rows=8192) >= 0.94 * chain
+        assert tokens_per_call(pair, texts, start, TREE) >= chain + 0.4
+
     def test_missing_files_are_named(self, tmp_path):
         with pytest.raises(FileNotFoundError, match=r"target: not there; .* makes it"):
             tiny.load(folder=tmp_path)
+
+
+class TestReplay:
+    def test_the_last_token_is_the_targets_own(self):
+        assert longest_match({(1,), (1, 2), (1, 2, 3)}, [1, 2, 3]) == 2
+        assert longest_match({(1,), (5,), (5, 2)}, [5, 7, 3]) == 1
+        assert longest_match({(1,)}, [2, 3]) == 0
+
+    def test_trees_hold_every_parent_and_only_known_ids(self):
+        rows = torch.arange(0, 111, 3)
+        prefix = torch.arange(10)
+        paths = draft_tree(random_llama(), prefix, rows, TREE)
+        assert len(paths) == TREE.nodes - 1
+        assert all(path[:-1] in paths or len(path) == 1 for path in paths)
+        assert {token for path in paths for token in path} <= set(rows.tolist())
+
+    def test_a_chain_is_the_greedy_continuation(self):
+        model, text = random_llama(), list(range(10))
+        for _ in range(CHAIN.depth):
+            text.append(model(torch.tensor([text])).logits[0, -1].argmax().item())
+        paths = draft_tree(model, torch.arange(10), None, CHAIN)
+        assert paths == {tuple(text[10:end]) for end in range(11, 15)}
 
 
 class TestScale:

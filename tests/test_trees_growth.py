@@ -237,7 +237,7 @@ def test_draws_name_bad_arguments(change, error, message):
 
 def test_debug_checks_read_temperatures(monkeypatch):
     monkeypatch.setattr("specdec_kernels.tree_growth.DEBUG", True)
-    with pytest.raises(ValueError, match="temperature: expected numbers >= 0, got -1.0 at index 1"):
+    with pytest.raises(ValueError, match=r"temperature: expected numbers >= 0, got -1.0 at index 1"):
         trees.gumbel_top_k(torch.zeros(2, 3), 1, rows_of(2), temperature=torch.tensor([0.0, -1.0]))
 
 

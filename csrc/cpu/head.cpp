@@ -198,11 +198,10 @@ void consume(const HeadArgs& args, const Block& block, int64_t task, int64_t b, 
 }
 
 template <typename Dot>
-void scan_blocks(const HeadArgs& args, int64_t task) {
+void scan_blocks(const HeadArgs& args, int64_t task, int64_t first_block, int64_t last_block) {
   float* buffer = args.buffer + task * kHeadGroup * kHeadBlock;
-  const int64_t last = args.blocks * (task + 1) / args.tasks;
   Block block = {};
-  for (int64_t index = args.blocks * task / args.tasks; index < last; ++index) {
+  for (int64_t index = first_block; index < last_block; ++index) {
     const bool shared = args.rows_stride == 0;
     if (shared) resolve(args, args.rows, index * kHeadBlock, &block);
     const int64_t group = shared ? kHeadGroup : 1;
@@ -255,9 +254,8 @@ void pack(const HeadArgs& args) {
   with_dot(args.dtype, [&](auto dot) { pack_typed<decltype(dot)>(args); });
 }
 
-void scan(const HeadArgs& args, int64_t task) {
-  for (int64_t b = 0; b < args.batch; ++b) args.found[task * args.batch + b] = 0;
-  with_dot(args.dtype, [&](auto dot) { scan_blocks<decltype(dot)>(args, task); });
+void scan(const HeadArgs& args, int64_t task, int64_t first_block, int64_t last_block) {
+  with_dot(args.dtype, [&](auto dot) { scan_blocks<decltype(dot)>(args, task, first_block, last_block); });
 }
 
 void finish(const HeadArgs& args, int64_t b) {

@@ -49,8 +49,8 @@ struct HeadArgs {
   float* entropy;     // [B]
   float* all_logits;  // [B, R] or null
 
-  // Scratch. Blocks are shared out among tasks as contiguous ranges. Sums are kept for each block and the order of
-  // candidates is total, so no result depends on the number of tasks.
+  // Scratch. A task is what one thread does: any blocks, in any order. Sums are kept for each block and the order of
+  // candidates is total, so no result depends on who did what.
   int64_t blocks, tasks;
   void* packed;               // packed_bytes(args)
   HeadSums* sums;             // [B, blocks]
@@ -63,9 +63,9 @@ constexpr int64_t kHeadGroup = 16;  // hidden vectors that meet a block of rows 
 
 struct HeadKernels {
   int64_t (*packed_bytes)(const HeadArgs& args);
-  void (*pack)(const HeadArgs& args);                // hidden, as the tier's dot product reads it
-  void (*scan)(const HeadArgs& args, int64_t task);  // the blocks of one task
-  void (*finish)(const HeadArgs& args, int64_t b);   // merge what the tasks found for one request
+  void (*pack)(const HeadArgs& args);  // hidden, as the tier's dot product reads it
+  void (*scan)(const HeadArgs& args, int64_t task, int64_t first_block, int64_t last_block);
+  void (*finish)(const HeadArgs& args, int64_t b);  // merge what the tasks found for one request
 };
 
 }  // namespace specdec

@@ -4,9 +4,11 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <atomic>
+#include <cstdint>
 #include <optional>
-#include <string>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "head.h"
@@ -146,8 +148,15 @@ Results run(const Tensor& hidden, const Tensor& weight, int64_t k, HeadArgs args
   scratch.allocate(hidden);
 
   head.pack(args);
+  std::fill_n(args.found, lists, 0);
+  // Threads take the next few blocks when they are done with the last ones: cores differ, and some are disturbed.
+  const int64_t portion = std::clamp<int64_t>(args.blocks / (8 * args.tasks), 1, 8);
+  std::atomic<int64_t> next{0};
   torch::stable::parallel_for(0, args.tasks, 1, [&](int64_t first, int64_t last) {
-    for (int64_t task = first; task < last; ++task) head.scan(args, task);
+    for (int64_t task = first; task < last; ++task) {
+      for (int64_t block; (block = next.fetch_add(portion)) < args.blocks;)
+        head.scan(args, task, block, std::min(block + portion, args.blocks));
+    }
   });
   const int64_t grain = std::max<int64_t>(1, 4096 / std::max<int64_t>(args.blocks, 1));
   torch::stable::parallel_for(0, args.batch, grain, [&](int64_t first, int64_t last) {

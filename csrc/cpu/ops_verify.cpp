@@ -129,7 +129,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> verify_chain(
     MaybeTensor draft_params, std::vector<double> draft_scalars, MaybeTensor draft_allowed, MaybeTensor seed,
     MaybeTensor offset, MaybeTensor accept_uniforms, MaybeTensor final_uniforms, bool logprobs) {
   const bool greedy = method == "greedy";
-  check(greedy || method == "token", "method '" + method + "' is not compiled for the CPU; call the overload .reference");
+  check(greedy || method == "token",
+        "method '" + method + "' is not compiled for the CPU; call the overload .reference");
   check(max_depth >= 0 && cu_nodes.dim() == 1 && cu_nodes.size(0) >= 1, "expected max_depth >= 0 and cu_nodes [B+1]");
   check(target_logits.dim() == 2 && target_logits.size(1) >= 1, "target_logits: expected [N, V] with V >= 1");
   const int64_t nodes = target_logits.size(0), vocabulary = target_logits.size(1);

@@ -1,7 +1,8 @@
 // Verification's wide work: sums, peaks and draws over blocks of rows, see verify.h.
 //
-// Inside a block, logits are taken in chunks that stay in the nearest cache: a chunk is read once for its peak and again
-// for its exponentials, and where a trimmed q is subtracted, it is subtracted in a chunk of p, never in a row of V.
+// Inside a block, logits are taken in chunks that stay in the nearest cache: a chunk is read once for its peak and
+// again for its exponentials, and where a trimmed q is subtracted, it is subtracted in a chunk of p, never in a row of
+// V.
 #include "verify.h"
 
 #include "simd.h"
@@ -32,7 +33,7 @@ SPECDEC_INLINE Vec exp2(Vec x) {
 
 // Lane i is true iff bit i is set.
 SPECDEC_INLINE Mask lanes(uint32_t word) {
-  alignas(64) static const int32_t kBits[16] = {1,      2,      4,      8,      1 << 4,  1 << 5,  1 << 6,  1 << 7,
+  alignas(64) static const int32_t kBits[16] = {1,      2,      4,       8,       1 << 4,  1 << 5,  1 << 6,  1 << 7,
                                                 1 << 8, 1 << 9, 1 << 10, 1 << 11, 1 << 12, 1 << 13, 1 << 14, 1 << 15};
   const Ints bits = iload(kBits);
   return ieq(iand(iset1(word), bits), bits);

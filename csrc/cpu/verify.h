@@ -17,7 +17,7 @@ struct LogitRow {
   const int32_t* ids;       // [columns] ascending target ids of a trimmed vocabulary, null: column v is token v
   const uint32_t* allowed;  // bit mask over target ids, null: all are allowed
   int64_t columns;
-  int64_t vocabulary;       // ids outside are no tokens
+  int64_t vocabulary;  // ids outside are no tokens
   DType type;
 };
 

@@ -150,16 +150,21 @@ class Distribution {
   bool sampled_ = true;  // else temperature 0: a point mass
   float inverse_temperature_ = 1.0f;
   double total_ = 0.0;
-  int32_t point_ = -1;              // temperature 0: the token that has all the mass
+  int32_t point_ = -1;  // temperature 0: the token that has all the mass
   std::vector<BlockSum> sums_;
-  std::vector<double> masses_;      // [blocks] probability of each block
+  std::vector<double> masses_;  // [blocks] probability of each block
 };
 
 // The rows of one request, as specdec/walkers.h wants them.
 class CpuRows {
  public:
   CpuRows(const LogitRows& target, const LogitRows& draft, Team team)
-      : kernels_(*kernels().verify), target_rows_(target), draft_rows_(draft), team_(team), p_(kernels_), q_(kernels_) {}
+      : kernels_(*kernels().verify),
+        target_rows_(target),
+        draft_rows_(draft),
+        team_(team),
+        p_(kernels_),
+        q_(kernels_) {}
 
   // `first`: packed index of the request's root.
   void start(int64_t first, float temperature, float draft_temperature) {
@@ -236,9 +241,7 @@ class CpuRows {
   float logprob(int32_t token) const { return p_.logprob(token); }
 
  private:
-  double excess(int64_t block) const {
-    return kernels_.excess(p_.row(), p_.softmax(), &subtracted_, weighted_, block);
-  }
+  double excess(int64_t block) const { return kernels_.excess(p_.row(), p_.softmax(), &subtracted_, weighted_, block); }
 
   static constexpr float kPointLogit = 0.0f;
 
@@ -249,8 +252,8 @@ class CpuRows {
   Distribution p_, q_;
   int64_t first_ = 0;
   float temperature_ = 1.0f, draft_temperature_ = 1.0f;
-  int32_t point_ = -1;            // the draft's point mass, where it is one
-  LogitRow subtracted_{};    // q as residual_mass left it for draw, weighted by c
+  int32_t point_ = -1;     // the draft's point mass, where it is one
+  LogitRow subtracted_{};  // q as residual_mass left it for draw, weighted by c
   Softmax weighted_{};
   std::vector<double> residual_;  // [blocks] sums of (p - c q)+
 };

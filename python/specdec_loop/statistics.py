@@ -42,8 +42,8 @@ class Statistics:
 
     @property
     def acceptance_at(self) -> list[float]:
-        """For depth 1, 2, ...: how often a draft was accepted that deep, of the request-rounds that offered one."""
-        return [hit / max(offered, 1) for hit, offered in zip(self.accepted_at, self.offered_at, strict=True)]
+        """For depth 1, 2, ...: the share of request-rounds whose path was accepted that deep."""
+        return [hits / max(self.request_rounds, 1) for hits in self.accepted_at]
 
     @property
     def mean_accepted(self) -> float:

@@ -10,9 +10,10 @@
 // from. What is as wide as the vocabulary is left to a `Rows`, written once per backend:
 //
 //   bool  open(int node, bool drafted)   makes row `node` of the target current and, if `drafted`, that of the draft:
-//                                        their lse (and filter threshold); false if one holds NaN, +inf or nothing finite
+//                                        their lse (and filter threshold); false if one holds NaN, +inf or nothing
+//                                        finite
 //   float target(int token)              p(token)
-//   float draft(int token)               q(token)
+//   float draft(int token)               q(token); where drafts have no distribution, q is 1 at this token from then on
 //   float residual_mass(float c)         sum of (p - c q)+
 //   int   draw(float c, float u)         inverse CDF of (p - c q)+ in vocabulary order; residual_mass(c) came before it
 //                                        unless c is 0

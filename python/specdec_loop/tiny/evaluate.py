@@ -60,45 +60,40 @@ def agreement(pair: Pair, positions: int = 20_000, length: int = 512) -> Agreeme
     return Agreement(*(sums / len(text)).tolist(), *coverage)
 
 
-class Rollout(NamedTuple):
-    """Tokens per target call of greedy speculation."""
+class TreeShape(NamedTuple):
+    """How the drafter drafts: a beam search, of which the most probable nodes are kept."""
 
-    chain: float
-    tree: float
-    chain_trimmed: float
-    tree_trimmed: float
+    depth: int
+    beam: int
+    nodes: int  # the root included
+
+
+CHAIN = TreeShape(depth=4, beam=1, nodes=5)
+TREE = TreeShape(depth=8, beam=8, nodes=32)
+
+
+def heldout_texts(pair: Pair, prompts: int = 50, prompt_tokens: int = 128, new_tokens: int = 64) -> tuple[Tensor, int]:
+    """[prompts, prompt_tokens + new_tokens] int64: held-out prompts, the target's greedy text; and `prompt_tokens`."""
+    inputs = heldout_prompts(prompts, prompt_tokens, pair.tokenizer)
+    return continue_text(pair.target, inputs, new_tokens, temperature=0), prompt_tokens
 
 
 @torch.inference_mode()
-def rollout(
-    pair: Pair,
-    prompts: int = 50,
-    prompt_tokens: int = 128,
-    new_tokens: int = 64,
-    draft: int = 4,
-    nodes: int = 32,
-    trimmed: int = 8192,
-) -> Rollout:
-    """Replays greedy speculation on held-out prompts: the target's greedy text decides what would have been accepted.
+def tokens_per_call(pair: Pair, texts: Tensor, start: int, shape: TreeShape, rows: int | None = None) -> float:
+    """Replays greedy speculation: the target's own text decides what it would have accepted.
 
-    nodes: of a tree, its root included; trimmed: rows of the trimmed draft head.
+    texts: [B, L] int64, of which the tokens from `start` on are the target's.
+    rows: the size of a trimmed draft head; None for the whole one.
     """
-    inputs = heldout_prompts(prompts, prompt_tokens, pair.tokenizer)
-    texts = continue_text(pair.target, inputs, new_tokens, temperature=0)
-    rows = pair.vocab_order[:trimmed].long().sort().values
-    calls = dict.fromkeys(Rollout._fields, 0)
-    for text in tqdm(texts, desc="speculation", unit="prompt"):
-        for name in Rollout._fields:
-            allowed = rows if name.endswith("trimmed") else None
-            at = prompt_tokens
-            while at < len(text):
-                if name.startswith("chain"):
-                    paths = draft_tree(pair.drafter, text[:at], allowed, depth=draft, beam=1, nodes=draft + 1)
-                else:
-                    paths = draft_tree(pair.drafter, text[:at], allowed, depth=8, beam=8, nodes=nodes)
-                at += 1 + longest_match(paths, text[at:].tolist())
-                calls[name] += 1
-    return Rollout(*(prompts * new_tokens / calls[name] for name in Rollout._fields))
+    ids = None if rows is None else pair.vocab_order[:rows].long().sort().values
+    calls = 0
+    label = f"tree of {shape.nodes}" if shape.beam > 1 else f"chain of {shape.depth}"
+    for text in tqdm(texts, desc=label if rows is None else f"{label}, {rows} rows", unit="prompt"):
+        at = start
+        while at < len(text):
+            at += 1 + longest_match(draft_tree(pair.drafter, text[:at], ids, shape), text[at:].tolist())
+            calls += 1
+    return texts[:, start:].numel() / calls
 
 
 def longest_match(paths: set[tuple[int, ...]], text: list[int]) -> int:
@@ -109,21 +104,19 @@ def longest_match(paths: set[tuple[int, ...]], text: list[int]) -> int:
     return matched
 
 
-def draft_tree(
-    drafter: PreTrainedModel, prefix: Tensor, rows: Tensor | None, depth: int, beam: int, nodes: int
-) -> set[tuple[int, ...]]:
-    """The `nodes` - 1 most probable paths that a beam search of the drafter meets below `prefix` [P] int64.
+def draft_tree(drafter: PreTrainedModel, prefix: Tensor, rows: Tensor | None, shape: TreeShape) -> set[tuple[int, ...]]:
+    """The nodes of a draft tree below `prefix` [P] int64, each as its path from the root.
 
     rows: [R] int64, the ids a trimmed head knows; None for all.
     """
     frontier: dict[tuple[int, ...], float] = {(): 0.0}
     found: dict[tuple[int, ...], float] = {}
-    for _ in range(depth):
+    for _ in range(shape.depth):
         batch = torch.stack([torch.cat([prefix, torch.tensor(path, dtype=torch.int64)]) for path in frontier])
         logits = drafter(input_ids=batch, use_cache=False, logits_to_keep=1).logits[:, -1].float()
         if rows is not None:
             logits = logits[:, rows]
-        best = logits.log_softmax(-1).topk(beam, dim=-1)
+        best = logits.log_softmax(-1).topk(shape.beam, dim=-1)
         ids = best.indices if rows is None else rows[best.indices]
         grown = {
             (*path, token): score + gain
@@ -131,13 +124,17 @@ def draft_tree(
             for gain, token in zip(gains, tokens, strict=True)
         }
         found |= grown
-        frontier = dict(sorted(grown.items(), key=lambda item: -item[1])[:beam])
-    return set(sorted(found, key=lambda path: -found[path])[: nodes - 1])
+        frontier = dict(sorted(grown.items(), key=lambda item: -item[1])[: shape.beam])
+    return set(sorted(found, key=lambda path: -found[path])[: shape.nodes - 1])
 
 
 def report(pair: Pair, prompts: int = 50) -> str:
     """A table of everything measured."""
-    held, calls = agreement(pair), rollout(pair, prompts)
+    held = agreement(pair)
+    texts, start = heldout_texts(pair, prompts)
+    chain, tree, chain_trimmed, tree_trimmed = (
+        tokens_per_call(pair, texts, start, shape, rows) for rows in (None, 8192) for shape in (CHAIN, TREE)
+    )
     lines = [
         f"held-out loss, target / drafter         {held.target_loss:.3f} / {held.drafter_loss:.3f} nats per token",
         f"1 - TV at T=1                           {held.overlap:.3f}",
@@ -147,7 +144,7 @@ def report(pair: Pair, prompts: int = 50) -> str:
         + ", ".join(
             f"{size}: {held.text_coverage[size]:.3f} ({held.argmax_coverage[size]:.3f})" for size in TRIMMED_SIZES
         ),
-        f"tokens per target call, {prompts} prompts   chain K=4 {calls.chain:.2f}, tree of 32 nodes {calls.tree:.2f}",
-        f"the same with 8192 rows                 {calls.chain_trimmed:.2f}, {calls.tree_trimmed:.2f}",
+        f"tokens per target call, {prompts} prompts   chain K=4 {chain:.2f}, tree of 32 nodes {tree:.2f}",
+        f"the same with 8192 rows                 {chain_trimmed:.2f}, {tree_trimmed:.2f}",
     ]
     return "\n".join(lines)
