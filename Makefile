@@ -15,8 +15,8 @@ OUT ?= out
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check --no-input
 # A change of TORCH is a change of the stamp's name, so it installs again.
-TORCH_STAMP := $(VENV)/.stamp-$(subst =,-,$(TORCH))
-# Benchmarks pin their threads: unpinned, short ops vary by more than what is measured.
+TORCH_STAMP := $(VENV)/.stamp-$(subst /,-,$(subst =,-,$(TORCH)))
+# Whatever is timed pins its threads: unpinned, short ops vary by more than what is measured.
 PINNED := OMP_PROC_BIND=true OMP_PLACES=cores
 CPP := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
@@ -40,13 +40,14 @@ help:
 	@echo "make lint       ruff, clang-format"
 	@echo "make build      compile the extension modules in place"
 	@echo "make wheel      dist/*.whl"
-	@echo "Variables: PYTHON VENV TORCH TORCH_INDEX OUT PYTEST_ARGS"
+	@echo "Variables: PYTHON VENV TORCH TORCH_INDEX OUT PYTEST_ARGS DEMO_ARGS"
 
 $(TORCH_STAMP):
 	$(PYTHON) -m venv $(VENV)
 	@if [ -z "$(TORCH_INDEX)" ] && ! command -v nvidia-smi >/dev/null; then \
 	    echo "No NVIDIA GPU found. If pip now fetches CUDA libraries, TORCH_INDEX=<index of CPU wheels> avoids it."; fi
 	$(PIP) install $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) '$(TORCH)'
+	rm -f $(VENV)/.stamp-*
 	touch $@
 
 # The editable install carries no compiled code; `build` compiles in place, incrementally.
@@ -62,7 +63,7 @@ build: $(VENV)/.stamp-demo
 	$(PY) setup.py --quiet build_ext --inplace
 
 demo: build
-	$(PY) -m specdec_loop demo $(DEMO_ARGS)
+	$(PINNED) $(PY) -m specdec_loop demo --out $(OUT)/demo.png $(DEMO_ARGS)
 
 test: $(VENV)/.stamp-dev build
 	$(PY) -m pytest -m "not full" $(PYTEST_ARGS)

@@ -210,10 +210,10 @@ def plan_host(suffix: str) -> tuple[list[Job], Job]:
     try:
         import pybind11
 
-        include = pybind11.get_include()
+        include = [f"-isystem{pybind11.get_include()}"]
     except ImportError:
-        include = str(Path(torch_paths()[0][0].removeprefix("-isystem")))  # torch ships pybind11's headers
-    flags = [*python_flags(), f"-isystem{include}"]
+        include, _ = torch_paths()  # torch ships pybind11's headers
+    flags = [*python_flags(), *include]
     jobs = [compile_job(cxx, source, flags, "host") for source in sorted((CSRC / "host").glob("*.cpp"))]
     return jobs, link_job(cxx, "_host", suffix, [job.output for job in jobs], [])
 

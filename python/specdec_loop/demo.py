@@ -11,6 +11,7 @@ from transformers.utils import logging
 from . import tiny
 from .compare import PLAIN, Method, coloured, compare, differing, make_console, picture, table
 from .drafters import ModelDrafter, NgramDrafter, Tree
+from .packed import pack_linears_
 from .vocab import select_rows
 
 # Copies that compute what the small pair computes at a real model's cost: 184 M and 10 M parameters.
@@ -41,6 +42,8 @@ def run(arguments: argparse.Namespace) -> int:
     if not arguments.unscaled:
         with console.status("making larger copies that compute the same function"):
             target, drafter = tiny.scale(target, **TARGET), tiny.scale(drafter, **DRAFTER)
+    for model in (target, drafter):
+        pack_linears_(model)
     millions = [sum(p.numel() for p in model.parameters()) / 1e6 for model in (target, drafter)]
     rows = select_rows(pair.vocab_order, ROWS, force=pair.tokenizer.all_special_ids)
     chain = {"draft_length": arguments.draft_length}

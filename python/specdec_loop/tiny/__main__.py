@@ -23,7 +23,7 @@ def parse() -> argparse.Namespace:
     train.add_argument("--generated-tokens", type=int, default=400_000)
     train.add_argument("--drafter-tokens", type=int, default=3_000_000)
     train.add_argument("--finetune-tokens", type=int, default=2_000_000)
-    train.add_argument("--drafter-layers", type=int, default=1)
+    train.add_argument("--drafter-layers", type=int, default=2)
     train.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True, help="bf16 autocast in training")
     train.add_argument("--compile", action="store_true", help="torch.compile the layers (needs a C++ compiler)")
     evaluate = commands.add_parser("eval", help="measure a pair on held-out standard library text")

@@ -36,8 +36,8 @@ def make_target(seed: int = 0) -> LlamaForCausalLM:
 
 
 def make_drafter(target: LlamaForCausalLM, layers: int, seed: int = 1) -> LlamaForCausalLM:
-    """2.1 M parameters; its embedding starts as the principal components of the target's."""
-    model = make_model(hidden=64, layers=layers, heads=layers, intermediate=256, seed=seed)
+    """2.2 M parameters with two layers; its embedding starts as the principal components of the target's."""
+    model = make_model(hidden=64, layers=layers, heads=2, intermediate=256, seed=seed)
     table = target.get_input_embeddings().weight.detach().float()
     _, vectors = torch.linalg.eigh(table.T @ table)
     model.get_input_embeddings().weight.data.copy_(table @ vectors[:, -64:])
