@@ -6,7 +6,9 @@ import pytest
 import torch
 from loop_support import llama, noisy, one_thread  # noqa: F401 (a fixture)
 from specdec_loop import ModelDrafter, NgramDrafter, Tree, attend, autoregressive, generate
+from specdec_loop.packed import pack_linears_
 from specdec_loop.policies import AdaEDL
+from transformers import BloomConfig, BloomForCausalLM, T5Config, T5ForConditionalGeneration
 
 from specdec_kernels import SamplingParams
 
@@ -219,6 +221,15 @@ def test_statistics_add_up(pair):
     assert ModelDrafter(pair[1]).bytes_read() - trimmed.bytes_read() == 87 * 32 * 4
 
 
+def test_packed_linears_compute_the_same(pair, plain):
+    models = [noisy(model, 0.0) for model in pair]
+    assert all(map(pack_linears_, models))
+    ids = torch.arange(12).view(2, 6)
+    torch.testing.assert_close(models[0](ids).logits, pair[0](ids).logits, atol=1e-5, rtol=1e-5)
+    assert generate(*models, PROMPTS, max_new_tokens=NEW).tokens == plain
+    assert not pack_linears_(noisy(pair[0], 0.0).bfloat16())
+
+
 def test_models_keep_their_own_attention(pair):
     before = [model.config._attn_implementation for model in pair]
     generate(*pair, PROMPTS, max_new_tokens=2)
@@ -247,6 +258,22 @@ def test_models_keep_their_own_attention(pair):
 def test_bad_arguments_are_named(pair, options, message):
     with pytest.raises(ValueError, match=message):
         generate(*pair, torch.tensor(PROMPTS[:1]), **{"max_new_tokens": 2, **options})
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (
+            lambda: BloomForCausalLM(BloomConfig(vocab_size=97, hidden_size=32, n_layer=1, n_head=2)),
+            "Bloom.*position_ids",
+        ),
+        (lambda: T5ForConditionalGeneration(T5Config(vocab_size=97, d_model=16, num_layers=1)), "T5.*encoder"),
+        (lambda: llama(0, layer_types=["full_attention", "chunked_attention"]), "chunked_attention"),
+    ],
+)
+def test_models_that_cannot_be_served_are_named(make, message):
+    with pytest.raises(ValueError, match=message):
+        autoregressive(make(), PROMPTS, max_new_tokens=2, eos_token_id=())
 
 
 def test_vocabularies_must_agree(pair):

@@ -10,7 +10,7 @@ from specdec_loop.drafters import Draft
 
 from specdec_kernels import SamplingParams
 
-VOCAB, REQUESTS, LENGTH = 7, 3000, 3
+VOCAB, REQUESTS, LENGTH = 7, 2000, 3
 PROMPT = [3, 1, 4, 1, 5, 1, 4, 1]
 TREE = Tree(nodes=8, depth=2, width=3, branching=(3, 2))
 CHAINS = ["token", "block"]

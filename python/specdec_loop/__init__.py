@@ -1,5 +1,6 @@
 """The reference decoding loop: speculative decoding of any Hugging Face causal LM with specdec_kernels' ops."""
 
+from . import hf, policies, vocab
 from .drafters import Draft, Drafter, ModelDrafter, NgramDrafter, NoDrafter, Tree
 from .generate import Generated, autoregressive, generate
 from .statistics import Statistics
@@ -15,4 +16,7 @@ __all__ = [
     "Tree",
     "autoregressive",
     "generate",
+    "hf",
+    "policies",
+    "vocab",
 ]

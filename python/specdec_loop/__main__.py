@@ -15,6 +15,7 @@ from specdec_kernels import SamplingParams
 from . import demo
 from .compare import PLAIN, Method, coloured, compare, differing, make_console, picture, table
 from .drafters import Drafter, ModelDrafter, NgramDrafter, Tree
+from .packed import pack_linears_
 
 KINDS = (PLAIN, "chain", "tree", "ngram", "ngram-tree")
 
@@ -120,6 +121,7 @@ def _load(folder: str, arguments: argparse.Namespace):
         raise ValueError(f"expected a folder with a model, got {folder}")
     dtype = getattr(torch, arguments.dtype)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True).to(arguments.device).eval()
+    pack_linears_(model)
     return model, AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
 

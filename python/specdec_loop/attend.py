@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from inspect import signature
 from typing import NamedTuple
 
 import torch
@@ -177,18 +178,24 @@ def attending(model: PreTrainedModel) -> Iterator[None]:
     """Let `model` use this attention inside the block; its own implementation comes back at the end.
 
     Raises:
-        ValueError: the model's class does not go through AttentionInterface, or has layers that are not attention over
-            a cache of keys (recurrent, chunked).
+        ValueError: the model's class does not go through AttentionInterface or takes no positions, or it has layers
+            that are not attention over a cache of keys (recurrent, chunked, encoder-decoder).
     """
-    config = model.config.get_text_config()
-    unserved = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
-    if unserved:
-        raise ValueError(f"{type(model).__name__}: expected full or sliding attention, got layers {sorted(unserved)}")
-    before = model.config._attn_implementation
+    name, config = type(model).__name__, model.config
+    text = config.get_text_config()
+    unserved = set(getattr(text, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    if unserved or config.is_encoder_decoder:
+        kind = f"layers {sorted(unserved)}" if unserved else "an encoder and a decoder"
+        raise ValueError(f"{name}: expected a decoder of full and sliding attention layers, got {kind}")
+    if "position_ids" not in signature(model.forward).parameters:
+        raise ValueError(f"{name}: expected a forward that takes position_ids")
+    parts = {key: getattr(config, key, None) for key in config.sub_configs}
+    before = {key: part._attn_implementation for key, part in parts.items() if part is not None}
+    before[""] = config._attn_implementation
     model.set_attn_implementation(NAME)
-    if config._attn_implementation != NAME:
-        raise ValueError(f"{type(model).__name__}: its attention does not go through AttentionInterface")
     try:
+        if text._attn_implementation != NAME:
+            raise ValueError(f"{name}: expected attention that goes through AttentionInterface")
         yield
     finally:
         model.set_attn_implementation(before)

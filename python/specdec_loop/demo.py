@@ -47,7 +47,7 @@ def run(arguments: argparse.Namespace) -> int:
     millions = [sum(p.numel() for p in model.parameters()) / 1e6 for model in (target, drafter)]
     rows = select_rows(pair.vocab_order, ROWS, force=pair.tokenizer.all_special_ids)
     chain = {"draft_length": arguments.draft_length}
-    tree = {"tree": Tree(nodes=arguments.nodes, depth=6, width=6)}
+    tree = {"tree": Tree(nodes=arguments.nodes, depth=5, width=4)}
     methods = [
         Method(PLAIN, None, {}),
         Method(f"chain of {arguments.draft_length}", ModelDrafter(drafter), chain),

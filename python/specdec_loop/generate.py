@@ -84,7 +84,7 @@ def generate(
     limits = Limits(max_new_tokens, eos, list(stopping_criteria or ()))
     drafter = ModelDrafter(drafter) if isinstance(drafter, PreTrainedModel) else drafter or NoDrafter()
     plan = _plan(drafter, draft_length, tree, method, params, backend)
-    _check(max_new_tokens, params, len(requests))
+    params = _checked(params, max_new_tokens, len(requests), device)
     drafter.check(target, plan)
 
     active = limits.begin(requests)
@@ -107,7 +107,7 @@ def generate(
                 logits = attend.forward(target, cache, draft.tree.tokens, positions, step).logits[0]
             with stats.phase("verify", device):
                 verified = verify(draft, logits, plan, mine, rng)
-                paths = [path[:n] for path, n in zip(*_to_host(verified.tokens, verified.num_tokens), strict=True)]
+                paths = verified_paths(verified)
             with stats.phase("compact", device):
                 if plan.tree is not None:  # the path of a chain stands where it belongs
                     compact_kv_(cache.buffers(len(active)), verified.nodes, prefix_lens, backend=backend)
@@ -143,6 +143,12 @@ def verify(draft: Draft, logits: Tensor, plan: Plan, params: SamplingParams, rng
     return verify_chain(tree.tokens, tree.cu_nodes, logits, draft.logits, max_depth=tree.max_depth, **options)
 
 
+def verified_paths(verified: Verified) -> list[list[int]]:
+    """The tokens that each request commits; none where its logits were invalid."""
+    rows = zip(verified.tokens.tolist(), verified.num_tokens.tolist(), strict=True)
+    return [tokens[:count] for tokens, count in rows]
+
+
 def _leave(active: list[Request], cache: attend.SlotCache, drafter: Drafter) -> None:
     """Take finished requests out; the last row moves into the gap, so that the rows in use stay dense."""
     for row in reversed(range(len(active))):
@@ -174,7 +180,8 @@ def _plan(drafter: Drafter, draft_length: int, tree: Tree | None, method: str | 
     return Plan(draft_length, tree, method, backend)
 
 
-def _check(max_new_tokens: int, params: SamplingParams, batch: int) -> None:
+def _checked(params: SamplingParams, max_new_tokens: int, batch: int, device: torch.device) -> SamplingParams:
+    """The parameters, on the target's device."""
     if not isinstance(max_new_tokens, int) or max_new_tokens < 0:
         raise ValueError(f"max_new_tokens: expected an int >= 0, got {max_new_tokens!r}")
     if params.allowed is not None:
@@ -182,10 +189,7 @@ def _check(max_new_tokens: int, params: SamplingParams, batch: int) -> None:
     for name, value in zip(params._fields, params, strict=True):
         if isinstance(value, Tensor) and value.shape != (batch,):
             raise ValueError(f"params.{name}: expected a number or shape [{batch}], got {list(value.shape)}")
-
-
-def _to_host(*tensors: Tensor) -> list[list]:
-    return [tensor.tolist() for tensor in tensors]
+    return SamplingParams(*(value.to(device) if isinstance(value, Tensor) else value for value in params))
 
 
 def _fill(pad_token_id: int | None, target: PreTrainedModel, eos: frozenset[int]) -> int:

@@ -1,7 +1,8 @@
 """Linear layers that are quick for a handful of rows on a CPU, where speculation verifies its drafts.
 
-In fp32 torch's own linear layer takes about twice as long for five rows as for one on a CPU, which eats what speculation
-gains. oneDNN with a weight that was laid out beforehand does not; it is what torch.compile uses when it freezes weights.
+In fp32 torch's own linear layer takes about twice as long for five rows as for one on a CPU, which eats what
+speculation gains. oneDNN with a weight that was laid out beforehand does not; it is what torch.compile uses when it
+freezes weights.
 """
 
 from __future__ import annotations
