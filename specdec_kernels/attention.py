@@ -10,7 +10,7 @@ from torch import Tensor
 from . import backends, library
 from .checks import DEBUG, INT32, INT64, REFERENCE_FLOATS, check_int, check_tensor, check_values
 from .reference import attention as reference
-from .trees import check_tree
+from .tree_checks import check_tree
 from .types import DraftTree
 
 _SCHEMA = (
@@ -86,7 +86,7 @@ def tree_attention(
 
     Raises:
         TypeError, ValueError: an argument that does not fit; names it, what came and what was expected. Checks of
-            values (prefix_lens, block_table) run under SPECDEC_DEBUG=1.
+            values (parents, cu_nodes, prefix_lens, block_table) run under SPECDEC_DEBUG=1.
         BackendError: `backend` cannot serve the call.
     """
     sizes: dict[str, int] = {}

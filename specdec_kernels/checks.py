@@ -61,6 +61,15 @@ def check_int(name: str, value, low: int, high: int | None = None) -> None:
         raise ValueError(f"{name}: expected {bound}, got {value}")
 
 
+def check_draft_vocab(draft_vocab: Tensor, vocabulary: int | None = None) -> None:
+    """Under SPECDEC_DEBUG=1 raise ValueError unless the ids ascend and lie in the vocabulary, where it is known."""
+    fine, expected = draft_vocab >= 0, "ids >= 0"
+    if vocabulary is not None:
+        fine, expected = fine & (draft_vocab < vocabulary), f"ids in 0..{vocabulary - 1}"
+    check_values("draft_vocab", fine, draft_vocab, expected)
+    check_values("draft_vocab", draft_vocab[1:] > draft_vocab[:-1], draft_vocab[1:], "strictly ascending ids")
+
+
 def check_values(name: str, ok: Tensor, value: Tensor, expected: str) -> None:
     """Under SPECDEC_DEBUG=1 raise ValueError unless all of `ok` holds; shows the first offender."""
     if not bool(ok.all()):

@@ -1,9 +1,12 @@
 """Philox4x32-10 in plain PyTorch: the definition of every random number this library uses.
 
 Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011. The key is the seed; the counter is
-(offset, stream, row, column / 4) and the lane column % 4. A coin is `(x >> 8) * 2^-24`, in [0, 1). The argument of a
-Gumbel's logarithm is `((x >> 9) + 0.5) * 2^-23`: one bit fewer than a coin, because `(x >> 8) + 0.5` needs 25 bits,
-rounds to 2^24 once in 2^24 draws and would then make that token's noise infinite.
+(offset, stream, row, column / 4) and the lane column % 4. A coin is `(x >> 8) * 2^-24`, in [0, 1).
+
+Gumbel noise is `-log(-log1p(-v))` with `v = min((x + 0.5) * 2^-32, 1 - 2^-24)`: x rounds to the nearest fp32, then every
+operation rounds once. `v` is the distance of the uniform from 1, and large noise comes from a small `v`, where fp32 is
+fine: the largest is 33 ln 2 = 22.9. The 24 bits of a coin would end at 17 in steps of up to ln 3, but one token of a tail
+of 1e-3 over a vocabulary of 128256 is drawn first only with a noise of about 19, which would never come.
 """
 
 from __future__ import annotations
@@ -55,6 +58,11 @@ def coins(seed: Tensor, offset: Tensor, stream: int, row: Tensor, column: Tensor
     return (words(seed, offset, stream, row, column) >> 8).to(torch.float32) * 2.0**-24
 
 
+def gumbel_argument(word: Tensor) -> Tensor:
+    """fp32 v in [2^-33, 1 - 2^-24] of the Gumbel `-log(-log1p(-v))` that an int64 `word` of 32 bits makes."""
+    return ((word.to(torch.float32) + 0.5) * 2.0**-32).clamp(max=1 - 2.0**-24)
+
+
 def gumbels(seed: Tensor, offset: Tensor, row: Tensor, token_ids: Tensor) -> Tensor:
     """fp32 standard Gumbel noise keyed by vocabulary id, stream DRAFT; the arguments broadcast."""
     return _gumbel(words(seed, offset, DRAFT, row, token_ids))
@@ -69,5 +77,4 @@ def gumbel_rows(seed: Tensor, offset: Tensor, row: Tensor, vocabulary: int) -> T
 
 
 def _gumbel(word: Tensor) -> Tensor:
-    uniform = ((word >> 9).to(torch.float32) + 0.5) * 2.0**-23
-    return -torch.log(-torch.log(uniform))
+    return -torch.log(-torch.log1p(-gumbel_argument(word)))

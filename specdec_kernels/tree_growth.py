@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .checks import DEBUG, INT32, INT64, REFERENCE_FLOATS, check_int, check_tensor, check_values
+from .checks import DEBUG, INT32, INT64, REFERENCE_FLOATS, check_draft_vocab, check_int, check_tensor, check_values
 from .reference import trees as reference
 from .tree_shapes import rectangular
 from .types import DraftTree, Philox
@@ -24,8 +24,7 @@ def _check_draws(logits: Tensor, k: int, rng: Philox, temperature, draft_vocab, 
     if sizes["V"] < 1:
         raise ValueError(f"logits: expected at least one column, got {list(logits.shape)}")
     check_int("k" if rows == "M" else "width", k, 1)
-    if not isinstance(rng, Philox):
-        raise TypeError(f"rng: expected Philox, got {type(rng).__name__}")
+    _check_philox(rng)
     check_tensor("rng.seed", rng.seed, sizes, rows, INT64, device)
     check_tensor("rng.offset", rng.offset, sizes, rows, INT64, device)
     if rng.row is not None:
@@ -40,7 +39,14 @@ def _check_draws(logits: Tensor, k: int, rng: Philox, temperature, draft_vocab, 
         raise ValueError(f"temperature: expected a finite number >= 0, got {temperature}")
     if draft_vocab is not None:
         check_tensor("draft_vocab", draft_vocab, sizes, "V", INT32, device)
+        if DEBUG:
+            check_draft_vocab(draft_vocab)
     return rng.seed, rng.offset, torch.zeros_like(rng.seed) if rng.row is None else rng.row
+
+
+def _check_philox(rng) -> None:
+    if not isinstance(rng, Philox):
+        raise TypeError(f"rng: expected a Philox, got {type(rng).__name__}")
 
 
 def gumbel_top_k(
@@ -58,13 +64,14 @@ def gumbel_top_k(
         rng: seed, offset and row, [M] each. Rows of one request and one round need different `row`s: pass the node
             index. Two rows with equal numbers get the same noise.
         temperature: number or [M] tensor; 0 ranks the logits themselves.
-        draft_vocab: [R] int32, ascending target ids of the columns.
+        draft_vocab: [R] int32, ascending target ids of the columns; a negative one is no draft, -1.
 
     Returns:
         [M, k] int32 target ids; -1 where fewer than k tokens have a probability. Ties go to the lowest id.
 
     Raises:
-        TypeError, ValueError: an argument that does not fit.
+        TypeError, ValueError: an argument that does not fit. Values of `draft_vocab` and tensor temperatures are
+            checked under SPECDEC_DEBUG=1.
     """
     rows = _check_draws(logits, k, rng, temperature, draft_vocab, "M V", "M")
     return reference.gumbel_top_k(logits, k, rows, temperature, draft_vocab)
@@ -143,6 +150,9 @@ def beam_expand(
     Raises:
         TypeError, ValueError: an argument that does not fit.
     """
+    if not isinstance(beam, Beam):
+        raise TypeError(f"beam: expected a Beam, got {type(beam).__name__}")
+    _check_philox(rng)
     if rng.row is not None:
         raise ValueError("rng.row: expected None, the node index takes its place")
     seed, offset, _ = _check_draws(logits, width, rng, temperature, draft_vocab, "B m V", "B")

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from . import backends, library
-from .checks import INT32, check_int, check_tensor
+from .checks import INT32, check_tensor
 from .reference import trees as reference
+from .tree_checks import check_tree, check_tree_values
 from .tree_growth import (
     Beam,
     Candidates,
@@ -68,32 +69,20 @@ def tree_layout(tree: DraftTree, *, backend: str | None = None) -> tuple[Tensor,
         row i's words is set iff node j of the same tree is node i or one of its ancestors.
 
     Raises:
-        TypeError, ValueError: an argument that does not fit.
+        TypeError, ValueError: an argument that does not fit. Values are checked under SPECDEC_DEBUG=1; without it a
+            parent that does not come before its child makes that node hang on the node before it, and rows that
+            cu_nodes gives to no tree hold harmless numbers.
     """
     check_tree(tree)
     op = library.overload("tree_layout", backends.select("tree_layout", tree.parents.device.type, backend))
     return op(tree.parents, tree.cu_nodes, tree.max_nodes)
 
 
-def check_tree(tree: DraftTree, sizes: dict[str, int] | None = None, device=None) -> None:
-    """Raise unless parents, cu_nodes and the bounds of `tree` fit together; binds N and B in `sizes`."""
-    sizes = {} if sizes is None else sizes
-    if not isinstance(tree, DraftTree):
-        raise TypeError(f"tree: expected a DraftTree, got {type(tree).__name__}")
-    check_tensor("tree.parents", tree.parents, sizes, "N", INT32, device)
-    check_tensor("tree.cu_nodes", tree.cu_nodes, sizes, "B+1", INT32, tree.parents.device)
-    if sizes["B+1"] < 1:
-        raise ValueError("tree.cu_nodes: expected shape [B+1] with B >= 0, got [0]")
-    sizes["B"] = sizes["B+1"] - 1
-    check_int("tree.max_nodes", tree.max_nodes, 1)
-    check_int("tree.max_depth", tree.max_depth, 0)
-
-
 def merge_trees(trees: Sequence[DraftTree], *, draws: bool = False) -> tuple[DraftTree, Tensor]:
     """The union of several trees of each request as a trie (RASD, arXiv 2503.03434; TAPS, 2603.27027).
 
     Equal paths become one node; siblings keep the order in which they first appear; nodes without a token (-1) go,
-    with what hangs on them. Reads the trees on the host.
+    with what hangs on them. Reads the trees on the host, so their values are always checked.
 
     Args:
         trees: one or more batches of trees; request b has the same root in each.
@@ -105,17 +94,23 @@ def merge_trees(trees: Sequence[DraftTree], *, draws: bool = False) -> tuple[Dra
         node it came from, one with children where there is any: it gathers `draft_logits` and hidden states.
 
     Raises:
-        TypeError, ValueError: no trees, not DraftTrees, batches that differ in size, or roots that differ.
+        TypeError, ValueError: no trees, not DraftTrees, batches that differ in size, parents or cu_nodes
+            that make no tree within its bounds, or roots that differ.
     """
     if not trees:
         raise ValueError("trees: expected at least one DraftTree, got none")
     for tree in trees:
-        check_tree(tree)
+        sizes: dict[str, int] = {}
+        check_tree(tree, sizes)
+        check_tensor("tree.tokens", tree.tokens, sizes, "N", INT32)
+        if tree.counts is not None:
+            check_tensor("tree.counts", tree.counts, sizes, "N", INT32)
     batches = sorted({len(tree.cu_nodes) - 1 for tree in trees})
     if len(batches) > 1:
         raise ValueError(f"trees: expected the same number of requests in each, got {batches}")
     host, rows = [], 0
-    for tree in trees:
+    for tree in (_fetched(tree) for tree in trees):
+        check_tree_values(tree)
         host.append(_on_host(tree, rows))
         rows += len(tree.tokens)
     merged: list[_Node] = []
@@ -147,6 +142,11 @@ class _Node:
     count: int = 0
     origin: int = -1
     inner: bool = False  # `origin` has children
+
+
+def _fetched(trees: DraftTree) -> DraftTree:
+    """The same trees in host memory."""
+    return DraftTree(*(value.cpu() if isinstance(value, Tensor) else value for value in trees))
 
 
 def _on_host(trees: DraftTree, first: int) -> list[list[tuple[int, int, int, int]]]:

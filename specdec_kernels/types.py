@@ -31,29 +31,34 @@ class DraftTree(NamedTuple):
 
         Args:
             tokens: [B, K+1] integer, the root followed by K draft tokens.
-            lengths: [B] nodes to keep of each row, 1..K+1 (default: all K+1).
+            lengths: [B] nodes to keep of each row, 1..K+1 (default: all K+1). Numbers or a tensor on the host keep
+                everything asynchronous; a tensor on a device is read back once, which waits for it.
 
         Raises:
+            TypeError: tokens that are no tensor.
             ValueError: a shape or a length that does not fit.
         """
+        if not isinstance(tokens, Tensor):
+            raise TypeError(f"tokens: expected a tensor, got {type(tokens).__name__}")
         if tokens.ndim != 2 or tokens.shape[1] < 1:
             raise ValueError(f"tokens: expected shape [B, K+1] with K >= 0, got {list(tokens.shape)}")
         batch, width = tokens.shape
-        steps = torch.arange(width, device=tokens.device, dtype=torch.int32)
-        parents = (steps - 1).expand(batch, width)
         if lengths is None:
+            parents = torch.arange(-1, width - 1, device=tokens.device, dtype=torch.int32).repeat(batch)
             cu_nodes = torch.arange(batch + 1, device=tokens.device, dtype=torch.int32) * width
-            return cls(tokens.to(torch.int32).reshape(-1), parents.reshape(-1), cu_nodes, width, width - 1)
-        lengths = torch.as_tensor(lengths, device=tokens.device, dtype=torch.int32)
-        if lengths.shape != (batch,):
-            raise ValueError(f"lengths: expected shape [{batch}], got {list(lengths.shape)}")
-        if batch and not bool(((lengths >= 1) & (lengths <= width)).all()):
-            raise ValueError(f"lengths: expected values in 1..{width}, got {lengths.tolist()}")
-        keep = steps < lengths[:, None]
-        cu_nodes = torch.zeros(batch + 1, device=tokens.device, dtype=torch.int32)
-        cu_nodes[1:] = lengths.cumsum(0)
-        longest = int(lengths.max()) if batch else 1
-        return cls(tokens.to(torch.int32)[keep], parents[keep], cu_nodes, longest, longest - 1)
+            return cls(tokens.to(torch.int32).reshape(-1), parents, cu_nodes, width, width - 1)
+        # The sizes of the result depend on the lengths, so the layout is made on the host and copied over.
+        host = torch.as_tensor(lengths, dtype=torch.int32, device="cpu")
+        if host.shape != (batch,):
+            raise ValueError(f"lengths: expected shape [{batch}], got {list(host.shape)}")
+        if not bool(((host >= 1) & (host <= width)).all()):
+            raise ValueError(f"lengths: expected values in 1..{width}, got {host.tolist()}")
+        cu_nodes = torch.zeros(batch + 1, dtype=torch.int32, device="cpu")
+        cu_nodes[1:] = host.cumsum(0)
+        longest = int(host.max()) if batch else 1
+        kept = (torch.arange(width, device="cpu") < host[:, None]).flatten().nonzero()[:, 0].to(tokens.device)
+        parents = (kept % width - 1).to(torch.int32)
+        return cls(tokens.to(torch.int32).reshape(-1)[kept], parents, cu_nodes.to(tokens.device), longest, longest - 1)
 
     @classmethod
     def from_paths(cls, paths: Sequence[Sequence[Sequence[int]]], roots: Sequence[int], device=None) -> DraftTree:

@@ -6,8 +6,20 @@ import torch
 from torch import Tensor
 
 from . import backends, library
-from .checks import DEBUG, FLOATS, INT32, INT64, REFERENCE_FLOATS, check_choice, check_int, check_tensor, check_values
+from .checks import (
+    DEBUG,
+    FLOATS,
+    INT32,
+    INT64,
+    REFERENCE_FLOATS,
+    check_choice,
+    check_draft_vocab,
+    check_int,
+    check_tensor,
+    check_values,
+)
 from .reference import verify as reference
+from .tree_checks import check_cu_nodes, check_tree_values
 from .types import DraftTree, Philox, SamplingParams, Verified
 
 CHAIN_METHODS = ("token", "block", "greedy", "typical")
@@ -99,6 +111,8 @@ backends.serves("verify_chain", "triton", _native_limit)
 
 def _sampling(params: SamplingParams, name: str, sizes: dict[str, int], device) -> tuple:
     """(params [B, 4] or None, the four numbers, allowed, whether a filter is on) of checked SamplingParams."""
+    if not isinstance(params, SamplingParams):
+        raise TypeError(f"{name}: expected SamplingParams, got {type(params).__name__}")
     limits = {"temperature": (0.0, None), "top_k": (0, None), "top_p": (0.0, 1.0), "min_p": (0.0, 1.0)}
     numbers, columns, per_request = [], [], False
     filters = False
@@ -132,7 +146,7 @@ def _sampling(params: SamplingParams, name: str, sizes: dict[str, int], device) 
 
 
 def _arguments(
-    tree, target_logits, draft_logits, draft_vocab, method, params, draft_params, rng, accept, final, logprobs
+    tree, prefix, target_logits, draft_logits, draft_vocab, method, params, draft_params, rng, accept, final, logprobs
 ):
     """Check everything the two ops share; returns the tail of the op's arguments and the facts for the backends."""
     sizes: dict[str, int] = {}
@@ -140,10 +154,10 @@ def _arguments(
     check_tensor("target_logits", target_logits, sizes, "N V", REFERENCE_FLOATS)
     if sizes["V"] < 1:
         raise ValueError(f"target_logits: expected V >= 1, got {list(target_logits.shape)}")
-    check_tensor("tokens", tree.tokens, sizes, "N", INT32, device)
-    check_tensor("cu_nodes", tree.cu_nodes, sizes, "B+1", INT32, device)
+    check_tensor(f"{prefix}tokens", tree.tokens, sizes, "N", INT32, device)
+    check_tensor(f"{prefix}cu_nodes", tree.cu_nodes, sizes, "B+1", INT32, device)
     if sizes["B+1"] < 1:
-        raise ValueError("cu_nodes: expected shape [B+1] with B >= 0, got [0]")
+        raise ValueError(f"{prefix}cu_nodes: expected shape [B+1] with B >= 0, got [0]")
     sizes["B"] = sizes["B+1"] - 1
     if draft_logits is not None:
         check_tensor(
@@ -171,6 +185,8 @@ def _arguments(
             check_tensor(name, mask, sizes, "N W", INT32, device)
     seed = offset = None
     if rng is not None:
+        if not isinstance(rng, Philox):
+            raise TypeError(f"rng: expected a Philox, got {type(rng).__name__}")
         check_tensor("rng.seed", rng.seed, sizes, "B", INT64, device)
         check_tensor("rng.offset", rng.offset, sizes, "B", INT64, device)
         seed, offset = rng.seed, rng.offset
@@ -196,26 +212,20 @@ def _only_temperature(packed: Tensor) -> Tensor:
     return draft
 
 
-def _debug_checks(tree: DraftTree, vocabulary: int, draft_vocab: Tensor | None) -> None:
-    """Checks that read device memory (SPECDEC_DEBUG=1)."""
-    cu = tree.cu_nodes
-    sizes = cu[1:] - cu[:-1]
-    check_values("cu_nodes", cu[:1] == 0, cu[:1], "0 first")
-    check_values("cu_nodes", cu[-1:] == tree.tokens.shape[0], cu[-1:], f"N={tree.tokens.shape[0]} last")
-    check_values("cu_nodes", (sizes >= 1) & (sizes <= tree.max_nodes), sizes, f"1..{tree.max_nodes} nodes a request")
-    local = torch.arange(len(tree.tokens), device=cu.device) - cu[:-1].long().repeat_interleave(sizes.long())
-    is_root = local == 0
-    check_values("parents", is_root == (tree.parents == -1), tree.parents, "-1 at each root and nowhere else")
-    check_values("parents", tree.parents < local, tree.parents, "parents before children")
-    depths = tree.depths()
-    check_values("max_depth", depths <= tree.max_depth, depths, f"no node deeper than max_depth={tree.max_depth}")
-    in_range = (tree.tokens >= -1) & (tree.tokens < vocabulary)
-    check_values("tokens", in_range | is_root, tree.tokens, f"ids in 0..{vocabulary - 1}, or -1 for no draft")
-    if draft_vocab is not None and len(draft_vocab):
-        check_values(
-            "draft_vocab", (draft_vocab >= 0) & (draft_vocab < vocabulary), draft_vocab, f"ids in 0..{vocabulary - 1}"
-        )
-        check_values("draft_vocab", draft_vocab[1:] > draft_vocab[:-1], draft_vocab[1:], "strictly ascending ids")
+def _debug_checks(tree: DraftTree, prefix: str, vocabulary: int, draft_vocab, accept, final) -> None:
+    """Checks that read device memory (SPECDEC_DEBUG=1); a tree without parents is a chain."""
+    if tree.parents is None:
+        check_cu_nodes("cu_nodes", tree.cu_nodes, len(tree.tokens), tree.max_nodes)
+    else:
+        check_tree_values(tree)
+    fine = (tree.tokens >= -1) & (tree.tokens < vocabulary)
+    fine[tree.cu_nodes[:-1].long()] = True  # roots are never looked at
+    check_values(f"{prefix}tokens", fine, tree.tokens, f"ids in 0..{vocabulary - 1}, or -1 for no draft")
+    if draft_vocab is not None:
+        check_draft_vocab(draft_vocab, vocabulary)
+    for name, value in (("accept_uniforms", accept), ("final_uniforms", final)):
+        if value is not None:
+            check_values(name, (value >= 0) & (value < 1), value, "numbers in [0, 1)")
 
 
 def _wrap(results, logprobs: bool) -> Verified:
@@ -270,28 +280,20 @@ def verify_chain(
 
     Raises:
         TypeError, ValueError: an argument that does not fit; names it, what came and what was expected. Checks of
-            values (ids, cu_nodes) run under SPECDEC_DEBUG=1.
+            values (ids, cu_nodes, parents, uniforms) run under SPECDEC_DEBUG=1.
         BackendError: `backend` cannot serve the call.
     """
     check_choice("method", method, CHAIN_METHODS)
     check_int("max_depth", max_depth, 0)
     chain = DraftTree(tokens, None, cu_nodes, max_depth + 1, max_depth)
     tail, facts = _arguments(
-        chain, target_logits, draft_logits, draft_vocab, method, params, draft_params, rng,
+        chain, "", target_logits, draft_logits, draft_vocab, method, params, draft_params, rng,
         accept_uniforms, final_uniforms, logprobs,
     )  # fmt: skip
     if DEBUG:
-        _debug_checks(chain._replace(parents=chain_parents(cu_nodes, len(tokens))), target_logits.shape[1], draft_vocab)
+        _debug_checks(chain, "", target_logits.shape[1], draft_vocab, accept_uniforms, final_uniforms)
     op = library.overload("verify_chain", backends.select("verify_chain", tokens.device.type, backend, **facts))
     return _wrap(op(tokens, cu_nodes, target_logits, draft_logits, draft_vocab, max_depth, method, *tail), logprobs)
-
-
-def chain_parents(cu_nodes: Tensor, nodes: int) -> Tensor:
-    """[N] int32 parents of packed chains: the node before, -1 at each root."""
-    starts = torch.zeros(nodes + 1, dtype=torch.int32, device=cu_nodes.device)
-    starts[cu_nodes.long()] = cu_nodes
-    index = torch.arange(nodes, dtype=torch.int32, device=cu_nodes.device)
-    return index - starts[:nodes].cummax(0).values - 1
 
 
 def verify_tree(
@@ -351,17 +353,17 @@ def verify_tree(
     check_int("tree.max_nodes", tree.max_nodes, 1)
     check_int("tree.max_depth", tree.max_depth, 0)
     tail, facts = _arguments(
-        tree, target_logits, draft_logits, draft_vocab, method, params, draft_params, rng,
+        tree, "tree.", target_logits, draft_logits, draft_vocab, method, params, draft_params, rng,
         accept_uniforms, final_uniforms, logprobs,
     )  # fmt: skip
     sizes = {"N": target_logits.shape[0]}
-    check_tensor("parents", tree.parents, sizes, "N", INT32, target_logits.device)
+    check_tensor("tree.parents", tree.parents, sizes, "N", INT32, target_logits.device)
     if tree.counts is not None:
         if method not in _TAKES_COUNTS:
             raise ValueError(f"tree.counts: expected None with method {method!r}, which takes draws one node each")
         check_tensor("tree.counts", tree.counts, sizes, "N", INT32, target_logits.device)
     if DEBUG:
-        _debug_checks(tree, target_logits.shape[1], draft_vocab)
+        _debug_checks(tree, "tree.", target_logits.shape[1], draft_vocab, accept_uniforms, final_uniforms)
     op = library.overload("verify_tree", backends.select("verify_tree", tree.tokens.device.type, backend, **facts))
     results = op(
         tree.tokens, tree.parents, tree.cu_nodes, tree.counts, target_logits, draft_logits, draft_vocab,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shlex
 import shutil
@@ -29,21 +30,33 @@ VECTORS = [
 
 PROGRAM = """
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include "specdec/philox.h"
 
-int main() {
+unsigned bits(float value) {
+  unsigned r;
+  std::memcpy(&r, &value, sizeof r);
+  return r;
+}
+
+int main(int count, char** words) {
   unsigned long long seed, offset, column;
   unsigned stream, row;
   while (std::scanf("%llu %llu %u %u %llu", &seed, &offset, &stream, &row, &column) == 5) {
     const uint32_t word = specdec::philox_word(seed, offset, static_cast<specdec::Stream>(stream), row, column);
-    const float values[2] = {specdec::coin(word), specdec::gumbel_argument(word)};
-    uint32_t bits[2];
-    std::memcpy(bits, values, sizeof bits);
-    std::printf("%u %u %u\\n", word, bits[0], bits[1]);
+    std::printf("%u %u %u\\n", word, bits(specdec::coin(word)), bits(specdec::gumbel_argument(word)));
+  }
+  for (int i = 1; i < count; ++i) {
+    const uint32_t word = std::strtoul(words[i], nullptr, 10);
+    std::printf("%u %u %u\\n", word, bits(specdec::coin(word)), bits(specdec::gumbel_argument(word)));
   }
 }
 """
+
+
+# Where fp32 starts to round, half way between two values, and what would round to 1.
+EXTREME_WORDS = [0, 1, 2**23 + 1, 2**24 - 1, 2**24 + 1, 2**24 + 3, 2**31 + 128, 2**31 + 384, 2**32 - 129, 2**32 - 1]
 
 
 def signed(value: int) -> int:
@@ -70,7 +83,19 @@ def test_extreme_words_give_finite_noise(monkeypatch):
     zero = torch.zeros((), dtype=torch.int64)
     coins = philox.coins(zero, zero, philox.ACCEPT, zero)
     assert coins[0] == 0 and coins[1] < 1
-    assert philox.gumbels(zero, zero, zero, zero).isfinite().all()
+    noise = philox.gumbels(zero, zero, zero, zero)
+    torch.testing.assert_close(noise.tolist(), [33 * math.log(2), -math.log(24 * math.log(2))], rtol=1e-6, atol=0)
+
+
+def test_noise_tells_small_words_apart(monkeypatch, device):
+    """The largest noise comes from the smallest words: each has a value of its own, right to the last bits of fp32."""
+    words = torch.cat([torch.arange(5000), 2 ** torch.arange(13, 32)])
+    monkeypatch.setattr(philox, "words", lambda *args: words.to(device))
+    zero = torch.zeros((), dtype=torch.int64, device=device)
+    noise = philox.gumbels(zero, zero, zero, zero).cpu()
+    exact = -torch.log(-torch.log1p(-(words.double() + 0.5) * 2.0**-32))
+    torch.testing.assert_close(noise.double(), exact, rtol=3e-7, atol=3e-7)
+    assert (noise.diff() < 0).all()
 
 
 def test_header_equals_definition(tmp_path):
@@ -86,11 +111,13 @@ def test_header_equals_definition(tmp_path):
     column = torch.randint(0, 2**34, (500,), generator=generator)
     counters = torch.stack([seed, offset, stream, row, column], 1).tolist()
     text = "\n".join(f"{s % 2**64} {o % 2**64} {c} {r} {v}" for s, o, c, r, v in counters)
-    run = subprocess.run([str(program)], input=text, capture_output=True, text=True, check=True)
+    extremes = [str(word) for word in EXTREME_WORDS]
+    run = subprocess.run([str(program), *extremes], input=text, capture_output=True, text=True, check=True)
     got = torch.tensor([[int(number) for number in line.split()] for line in run.stdout.splitlines()])
-    words = philox.words(seed, offset, stream, row, column)
+    words = torch.cat([philox.words(seed, offset, stream, row, column), torch.tensor(EXTREME_WORDS)])
     assert torch.equal(got[:, 0], words)
     coins = (words >> 8).to(torch.float32) * 2.0**-24
     assert torch.equal(got[:, 1], coins.view(torch.int32).long())
-    arguments = ((words >> 9).to(torch.float32) + 0.5) * 2.0**-23
+    arguments = philox.gumbel_argument(words)
     assert torch.equal(got[:, 2], arguments.view(torch.int32).long())
+    assert arguments.max() < 1 and arguments.min() == 2.0**-33

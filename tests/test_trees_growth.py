@@ -220,7 +220,7 @@ def test_beam_search_at_temperature_zero_and_with_dead_ends():
         ({"logits": torch.zeros(2, 3, dtype=torch.int64)}, TypeError, "logits: expected dtype float32"),
         ({"logits": torch.zeros(2, 0)}, ValueError, r"logits: expected at least one column, got \[2, 0\]"),
         ({"k": 0}, ValueError, "k: expected >= 1, got 0"),
-        ({"rng": None}, TypeError, "rng: expected Philox, got NoneType"),
+        ({"rng": None}, TypeError, "rng: expected a Philox, got NoneType"),
         ({"rng": rows_of(3)}, ValueError, r"rng.seed: expected shape \[M=2\], got \[3\]"),
         ({"temperature": -1.0}, ValueError, "temperature: expected a finite number >= 0, got -1.0"),
         ({"temperature": "hot"}, TypeError, "temperature: expected a number or a tensor, got str"),

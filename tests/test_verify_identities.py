@@ -13,8 +13,11 @@ from test_verify_law import EXACT, VERIFIERS
 
 from specdec_kernels.kv_scores import caote_scores, keydiff_scores
 from specdec_kernels.optimum import optimal_acceptance
+from specdec_kernels.reference import rules
 from specdec_kernels.reference.bottom_up import block, traversal
-from specdec_kernels.reference.rows import normalised
+from specdec_kernels.reference.coins import Draws
+from specdec_kernels.reference.rows import Rows, normalised
+from specdec_kernels.reference.tree_view import TreeView
 
 
 def contexts(case, length):
@@ -116,11 +119,9 @@ def test_acceptance_of_multi_round_k_seq_and_greedy_multi(k, seed):
     assert accepted(case, "greedy_multi", [k]) == pytest.approx(rate, abs=EXACT)
 
 
-def linear_program(p, q, k):
+def linear_program(p, drawn):
     """The transport problem itself: most mass of (token, drafts) in which the token is one of the drafts."""
-    V = len(p)
-    ways = list(itertools.product(range(V), repeat=k))
-    chance = [float(torch.stack([q[x] for x in way]).prod()) for way in ways]
+    V, ways = len(p), [way for way, _ in drawn]
     gain, rows, bounds = [], [], []
     for token in range(V):
         gain.extend(-float(token in way) for way in ways)
@@ -129,11 +130,11 @@ def linear_program(p, q, k):
         row[token] = 1
         rows.append(row.reshape(-1).tolist())
         bounds.append(float(p[token]))
-    for j in range(len(ways)):
+    for j, (_, chance) in enumerate(drawn):
         row = torch.zeros(V, len(ways))
         row[:, j] = 1
         rows.append(row.reshape(-1).tolist())
-        bounds.append(chance[j])
+        bounds.append(chance)
     return -linprog(gain, A_eq=rows, b_eq=bounds, bounds=(0, None)).fun
 
 
@@ -147,9 +148,11 @@ def test_the_optimum_three_ways(k):
         by_sets = 1 + min(float(p[list(s)].sum() - q[list(s)].sum() ** k) if s else 0.0 for s in sets)
         found = float(optimal_acceptance(p, q, k))
         assert found == pytest.approx(by_sets, abs=EXACT)
-        assert found == pytest.approx(linear_program(p, q, k), abs=1e-8)
+        assert found == pytest.approx(linear_program(p, law.siblings("iid", q, k)), abs=1e-8)
         hit = 1 - (1 - q) ** k
         assert float((p * hit).sum()) - EXACT <= found <= float(torch.minimum(p, hit).sum()) + EXACT
+        found = float(optimal_acceptance(p, q, k, replacement=False))
+        assert found == pytest.approx(linear_program(p, law.siblings("without_replacement", q, k)), abs=1e-8)
 
 
 @pytest.mark.parametrize("k", [1, 2, 3])
@@ -163,7 +166,19 @@ def test_no_verifier_exceeds_the_optimum_without_replacement(k):
             assert optimum == pytest.approx(float(torch.minimum(case.p[0], case.q[0]).sum()), abs=EXACT)
 
 
-@pytest.mark.parametrize("name", ["token", "block", "multi_round", "without_replacement", "k_seq", "traversal"])
+TRIMMED = [
+    "token",
+    "block",
+    "multi_round",
+    "without_replacement",
+    "k_seq",
+    "greedy_multi",
+    "traversal",
+    "traversal_iid",
+]
+
+
+@pytest.mark.parametrize("name", TRIMMED)
 def test_a_trimmed_q_is_lossless_and_bounded_by_the_mass_it_covers(name):
     scheme, verifier, _ = VERIFIERS[name]
     k = 1 if name in ("token", "block") else 2
@@ -185,62 +200,73 @@ def test_a_trimmed_q_is_lossless_and_bounded_by_the_mass_it_covers(name):
         assert law.expected_accepted(case, drawn, verifier) <= covered + EXACT
 
 
-def recursion(p, q, drawn, *, replacement, w=1.0):
-    """Residuals step by step: P = norm((w P - Q)+), Q loses what was drawn where draws are without replacement."""
-    P, Q = p, q
-    for x in drawn:
-        left = (w * P - Q).clamp(min=0)
-        w = 1.0 if w == 1.0 else float(left.sum() / (left.sum() + 1 - w))
-        P = left / left.sum()
-        if not replacement:
-            Q = Q.clone()
-            Q[x] = 0
-            Q = Q / Q.sum()
-    return P
+def residual_of(rule, p, q, drawn):
+    """What the reference's own rule leaves of p when every draw is rejected."""
+    x = torch.tensor([drawn])
+    nodes = torch.arange(1, len(drawn) + 1)[None]
+    coins = law.Enumeration(torch.zeros(1, len(drawn) + 1, 1, dtype=torch.bool))
+    _, rest = rule(p[None], q.log()[None], x, torch.ones_like(x, dtype=torch.bool), Draws(nodes[:, 0], nodes), coins)
+    return rest[0]
 
 
-def closed_form(p, q, drawn, *, replacement, w=1.0):
-    """The same residual from two scalars: (p - c q)+ / m, with c += m / (w r)."""
-    c, m, r = 0.0, 1.0, 1.0
-    for x in drawn:
+def residual_of_traversal(p, q, drawn, replacement, w):
+    """The same under traversal of a chain's last node, whose weight is `w`, with `drawn` as its children.
+
+    The node above is drawn with probability 1 and has the target's probability w, so that w is its path weight.
+    """
+    V, k = len(p), len(drawn)
+    parents = torch.tensor([-1, 0, *[1] * k])
+    tokens = torch.tensor([0, 0, *drawn])
+    top_p = torch.full((V,), (1 - w) / (V - 1), dtype=torch.float64).index_fill(0, torch.tensor([0]), w)
+    top_q = torch.zeros(V, dtype=torch.float64).index_fill(0, torch.tensor([0]), 1.0)
+    leaves = torch.full((k, V), 1.0 / V, dtype=torch.float64)
+    tree = TreeView(tokens, parents, torch.tensor([0, 2 + k]), None, 2 + k, 2, V)
+    target = Rows(torch.cat([top_p[None], p[None], leaves]).log(), V)
+    draft = Rows(torch.cat([top_q[None], q[None], leaves]).log(), V)
+    bits = torch.zeros(1, 2 + k, 1, dtype=torch.bool)
+    bits[0, 1] = True  # all children are rejected, then the node is accepted
+    path, rest, _ = traversal(tree, target, draft, law.Enumeration(bits), replacement=replacement)
+    assert path[0].tolist() == [0, 1, -1]
+    return rest[0]
+
+
+def rejected_draws(p, q, replacement, w, generator):
+    """Draws that can all be rejected and the scalars c, m of what is left: (p - c q)+ / m."""
+    drawn, c, m, r = [], 0.0, 1.0, 1.0
+    for x in torch.randperm(len(p), generator=generator).tolist():
+        if w * float((p[x] - c * q[x]).clamp(min=0)) / m >= float(q[x]) / r or len(drawn) == 3:
+            continue  # such a draw is always accepted
+        left = float((p - (c + m / (w * r)) * q).clamp(min=0).sum())
+        if left < 1e-6:
+            break
+        drawn.append(x)
         c += m / (w * r)
-        left = float((p - c * q).clamp(min=0).sum())
-        surplus = w * left / m  # sum of (w P - Q)+ in the recursion's own scale
+        surplus = w * left / m  # sum of (w P - Q)+
         w = 1.0 if w == 1.0 else surplus / (surplus + 1 - w)
-        m = left
-        if not replacement:
-            r -= float(q[x])
-    return (p - c * q).clamp(min=0) / m
+        m, r = left, r if replacement else r - float(q[x])
+    return drawn, c, m
 
 
 @pytest.mark.parametrize("replacement", [False, True])
 @pytest.mark.parametrize("w", [1.0, 0.9])
 def test_residuals_need_two_numbers(replacement, w):
-    """Rejected draws have p(x) < c q(x), which is what makes the zeroed entries of Q take care of themselves."""
+    """The reference recurs step by step, P = norm((w P - Q)+); two scalars give the same.
+
+    Rejected draws have p(x) < c q(x), which is what makes the zeroed entries of Q take care of themselves.
+    """
+    rule = rules.multi_round if replacement else rules.without_replacement
     checked = 0
     for seed in range(200):
         case = law.Case.random(8, 0, seed)
         p, q = case.p[0][0], case.q[0][0]
-        drawn, c, m, r, weight = [], 0.0, 1.0, 1.0, w
-        generator = torch.Generator().manual_seed(seed)
-        for x in torch.randperm(8, generator=generator).tolist():
-            P = (p - c * q).clamp(min=0) / m
-            if weight * float(P[x]) >= float(q[x]) / r or len(drawn) == 3:
-                continue  # such a draw is always accepted
-            left = float((p - (c + m / (weight * r)) * q).clamp(min=0).sum())
-            if left < 1e-6:
-                break
-            drawn.append(x)
-            c += m / (weight * r)
-            surplus = weight * left / m
-            weight = 1.0 if weight == 1.0 else surplus / (surplus + 1 - weight)
-            m, r = left, r if replacement else r - float(q[x])
+        drawn, c, m = rejected_draws(p, q, replacement, w, torch.Generator().manual_seed(seed))
         if not drawn:
             continue
         checked += len(drawn) > 1
-        a = recursion(p, q, drawn, replacement=replacement, w=w)
-        b = closed_form(p, q, drawn, replacement=replacement, w=w)
-        assert float((a - b).abs().max()) < 1e-11
+        found = (p - c * q).clamp(min=0) / m
+        if w == 1.0:
+            assert float((found - residual_of(rule, p, q, drawn)).abs().max()) < 1e-11
+        assert float((found - residual_of_traversal(p, q, drawn, replacement, w)).abs().max()) < 1e-11
     assert checked > 50
 
 

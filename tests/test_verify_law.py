@@ -8,6 +8,7 @@ import law
 import pytest
 import torch
 
+from specdec_kernels import DraftTree, Philox, head_sample, verify_chain
 from specdec_kernels.reference import rules
 from specdec_kernels.reference.bottom_up import block, traversal
 from specdec_kernels.reference.rows import normalised
@@ -111,7 +112,7 @@ def worst_bias(scheme, verifier, branching, vocabulary=3, point_mass=False) -> f
 
 def test_control_not_renormalising_q_without_replacement():
     def wrong(p, q, x, mask, draws, coins):
-        rest, draft = p, q
+        rest, draft = p, q.softmax(1)
         accepted = torch.full_like(x[:, 0], -1) if x.shape[1] else torch.full((len(p),), -1)
         for j in range(x.shape[1]):
             token = x[:, j : j + 1]
@@ -148,7 +149,7 @@ def test_control_residual_subtracts_q_only_at_the_drafted_token():
     def wrong(p, q, x, mask, draws, coins):
         accepted, rest = rules.multi_round(p, q, x, mask, draws, coins)
         if x.shape[1]:
-            drafted = q.gather(1, x[:, :1])
+            drafted = q.softmax(1).gather(1, x[:, :1])
             rest = normalised(p.scatter_add(1, x[:, :1], -drafted).clamp(min=0), p)
         return accepted, rest
 
@@ -189,6 +190,7 @@ def test_control_equal_draws_grouped(rule):
 
 def test_control_no_residual_update_between_siblings():
     def wrong(p, q, x, mask, draws, coins):
+        q = q.softmax(1)
         accepted = torch.full_like(x[:, 0], -1) if x.shape[1] else torch.full((len(p),), -1)
         for j in range(x.shape[1]):
             token = x[:, j : j + 1]
@@ -204,35 +206,60 @@ def test_control_argmax_draft_verified_with_softmax_q():
     assert worst_bias("top_k", walk(rules.multi_round), [1]) > 0.1
 
 
-def test_control_shared_coins_of_a_path():
-    """One coin for all positions of a request: the joint law of two positions is off, each alone is not checked."""
-    from specdec_kernels import DraftTree, SamplingParams, verify_chain
+TRIALS = 100_000
+LIMIT = 44.26  # chi-square at 1e-4 with 15 degrees of freedom
 
-    V, trials = 4, 200_000
+
+def pair_statistic(drafts, accept, p, q, generator) -> float:
+    """Chi-square of the first two output tokens of chains of two drafts, against the product of p."""
+    V = p.shape[1]
+    tree = DraftTree.chain(torch.cat([torch.zeros(TRIALS, 1, dtype=torch.int64), drafts.long()], 1))
+    target, draft = (torch.cat([x, x[:1]]).log().repeat(TRIALS, 1) for x in (p, q))
+    found = verify_chain(
+        tree.tokens,
+        tree.cu_nodes,
+        target,
+        draft,
+        max_depth=2,
+        accept_uniforms=accept.reshape(-1),
+        final_uniforms=torch.rand(TRIALS, generator=generator),
+        backend="reference",
+    )
+    second = torch.multinomial(p[1], TRIALS, True, generator=generator)
+    second = torch.where(found.num_tokens >= 2, found.tokens[:, 1].long(), second)
+    observed = torch.bincount(found.tokens[:, 0].long() * V + second, minlength=V * V).double()
+    expected = (p[0][:, None] * p[1]).reshape(-1).double() * TRIALS
+    return float(((observed - expected) ** 2 / expected).sum())
+
+
+def pair_of_positions():
     generator = torch.Generator().manual_seed(5)
-    p, q = torch.rand(2, 2, V, generator=generator).softmax(-1).unbind(0)
-    p, q = p[:, :] ** 2, q  # far enough apart that coins matter
-    p = p / p.sum(1, keepdim=True)
-    drafts = torch.stack([torch.multinomial(q[i], trials, True, generator=generator) for i in range(2)], 1)
-    tokens = torch.cat([torch.zeros(trials, 1, dtype=torch.int64), drafts], 1)
-    tree = DraftTree.chain(tokens)
-    target = torch.cat([p, p[:1]]).log().repeat(trials, 1)
-    draft = torch.cat([q, q[:1]]).log().repeat(trials, 1)
+    p, q = torch.rand(2, 2, 4, generator=generator).softmax(-1).unbind(0)
+    p = p**2 / (p**2).sum(1, keepdim=True)  # far enough from q that coins matter
+    return p, q, generator
 
-    def statistic(accept):
-        final = torch.rand(trials, generator=generator)
-        found = verify_chain(
-            tree.tokens, tree.cu_nodes, target, draft, max_depth=2, accept_uniforms=accept.reshape(-1),
-            final_uniforms=final, params=SamplingParams(), backend="reference",
-        )  # fmt: skip
-        two = found.num_tokens >= 2
-        second = torch.multinomial(p[1], trials, True, generator=generator)
-        pair = found.tokens[:, 0].long() * V + torch.where(two, found.tokens[:, 1].long(), second)
-        observed = torch.bincount(pair, minlength=V * V).double()
-        expected = (p[0][:, None] * p[1]).reshape(-1).double() * trials
-        return float(((observed - expected) ** 2 / expected).sum())
 
-    limit = 44.26  # chi-square at 1e-4 with 15 degrees of freedom
-    coins = torch.rand(trials, 3, generator=generator)
-    assert statistic(coins) < limit
-    assert statistic(coins[:, :1].expand(-1, 3)) > 10 * limit
+def test_control_shared_coins_of_a_path():
+    """One coin for all positions of a request."""
+    p, q, generator = pair_of_positions()
+    drafts = torch.stack([torch.multinomial(q[i], TRIALS, True, generator=generator) for i in range(2)], 1)
+    coins = torch.rand(TRIALS, 3, generator=generator)
+    assert pair_statistic(drafts, coins, p, q, generator) < LIMIT
+    assert pair_statistic(drafts, coins[:, :1].expand(-1, 3), p, q, generator) > 10 * LIMIT
+
+
+def test_control_one_noise_vector_for_several_positions():
+    """Drafts of two positions drawn with the same Gumbel noise, as if `Philox.row` were left out."""
+    p, q, generator = pair_of_positions()
+    seeds, zeros = torch.arange(TRIALS), torch.zeros(TRIALS, dtype=torch.int64)
+
+    def drafts(rows):
+        columns = []
+        for logits, row in zip(q.log(), rows, strict=True):
+            rng = Philox(seeds, zeros, torch.full((TRIALS,), row, dtype=torch.int32))
+            columns.append(head_sample(logits.expand(TRIALS, 4), torch.eye(4), rng=rng, backend="reference").tokens)
+        return torch.cat(columns, 1)
+
+    coins = torch.rand(TRIALS, 3, generator=generator)
+    assert pair_statistic(drafts([0, 1]), coins, p, q, generator) < LIMIT
+    assert pair_statistic(drafts([0, 0]), coins, p, q, generator) > 10 * LIMIT

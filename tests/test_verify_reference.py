@@ -6,7 +6,7 @@ import pytest
 import torch
 from verify_cases import random_logits, random_tree, streams
 
-from specdec_kernels import DraftTree, Philox, SamplingParams, verify_chain, verify_tree
+from specdec_kernels import DraftTree, Philox, SamplingParams, head_sample, verify_chain, verify_tree
 from specdec_kernels.reference.rows import Rows, draw
 from specdec_kernels.verify import CHAIN_METHODS, TREE_METHODS
 
@@ -305,3 +305,48 @@ def test_a_point_mass_draft_is_lossless_for_any_tree(method):
         observed = torch.bincount(second, minlength=V).double()
         expected = p[node] * len(second)
         assert float(((observed - expected) ** 2 / expected).sum()) < 23.51
+
+
+@pytest.mark.parametrize("temperature,draft_temperature", [(0.05, 0.05), (0.1, 0.1), (1.0, 0.0)])
+@pytest.mark.parametrize("method", ["without_replacement", "traversal", "greedy_multi"])
+def test_peaked_rows_stay_lossless(method, temperature, draft_temperature):
+    """What is left of q once its peak is drawn has underflowed in fp32; its logarithms have not."""
+    trials, k = 20_000, 3
+    q, p = torch.tensor([6.0, 0.0, -0.5, -5.0]), torch.tensor([-3.0, 5.0, -3.0, 5.11])
+    if draft_temperature == 0:  # greedy drafts: the top k, each a point mass
+        p = p / 5
+    rng = Philox(torch.arange(trials), torch.zeros(trials, dtype=torch.int64))
+    drawn = head_sample(
+        q.expand(trials, 4), torch.eye(4), k, rng=rng, temperature=draft_temperature, backend="reference"
+    )
+    children = drawn.tokens
+    if method == "greedy_multi":  # at these temperatures the first two draws are the top two, the third is a draw
+        children = torch.cat([torch.tensor([[0, 1]]).expand(trials, 2), children[:, 2:]], 1).to(torch.int32)
+    tokens = torch.cat([torch.zeros(trials, 1, dtype=torch.int32), children], 1)
+    parents = torch.tensor([-1, 0, 0, 0], dtype=torch.int32).repeat(trials)
+    t = DraftTree(tokens.reshape(-1), parents, torch.arange(trials + 1, dtype=torch.int32) * 4, 4, 1)
+    rows = trials * 4
+    found = tree(
+        t,
+        p.expand(rows, 4),
+        q.expand(rows, 4),
+        method=method,
+        params=SamplingParams(temperature=temperature),
+        draft_params=SamplingParams(temperature=draft_temperature),
+        rng=rng,
+    )
+    law = (p.double() / temperature).softmax(0)
+    observed = torch.bincount(found.tokens[:, 0].long(), minlength=4).double()
+    likely = law > 1e-3
+    assert int(observed[~likely].sum()) <= 1
+    expected = law[likely] * trials
+    assert float(((observed[likely] - expected) ** 2 / expected).sum()) < 21.11  # 1e-4, 3 degrees of freedom
+
+
+def test_tiny_temperatures_are_greedy():
+    target = torch.tensor([[20.0, 20.001, 19.0], [3.0, 1.0, 2.0]])
+    tokens, cu = torch.tensor([0, 1], dtype=torch.int32), torch.tensor([0, 2], dtype=torch.int32)
+    for temperature in (1e-30, 1e-38, 1e-45):
+        params = SamplingParams(temperature=torch.tensor([temperature]))
+        found = verify_chain(tokens, cu, target, max_depth=1, params=params, rng=streams(1), backend="reference")
+        assert found.tokens.tolist() == [[1, 0]]

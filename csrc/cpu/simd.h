@@ -7,6 +7,7 @@
 //   gt ge eq            false where either is NaN; not_lt(a, b) is true there
 //   select(m, a, b)     m ? a : b
 //   bits(m), any(m)     bit i is lane i
+//   to_floats(_unsigned)  rounds to nearest, once
 //   reduce_add          in one fixed order, pairwise
 //
 // simd_math.h adds exp, log, Philox and Gumbel noise.

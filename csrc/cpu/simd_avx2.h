@@ -75,6 +75,10 @@ SPECDEC_INLINE Ints shift_right(Ints a, int n) { return _mm256_srli_epi32(a, n);
 SPECDEC_INLINE Mask ieq(Ints a, Ints b) { return as_floats(_mm256_cmpeq_epi32(a, b)); }
 SPECDEC_INLINE Ints iselect(Mask m, Ints a, Ints b) { return as_ints(select(m, as_floats(a), as_floats(b))); }
 SPECDEC_INLINE Vec to_floats(Ints a) { return _mm256_cvtepi32_ps(a); }  // signed
+// Both halves are exact, and so is the multiple of 2^16: one rounding, in the sum.
+SPECDEC_INLINE Vec to_floats_unsigned(Ints a) {
+  return fma(to_floats(shift_right(a, 16)), set1(0x1p16f), to_floats(iand(a, iset1(0xFFFFu))));
+}
 SPECDEC_INLINE Ints to_ints(Vec a) { return _mm256_cvttps_epi32(a); }
 SPECDEC_INLINE void multiply_wide(Ints a, uint32_t b, Ints* high, Ints* low) {
   const Ints factor = iset1(b);

@@ -66,6 +66,7 @@ SPECDEC_INLINE Ints shift_right(Ints a, int n) { return _mm512_srli_epi32(a, sta
 SPECDEC_INLINE Mask ieq(Ints a, Ints b) { return _mm512_cmpeq_epi32_mask(a, b); }
 SPECDEC_INLINE Ints iselect(Mask m, Ints a, Ints b) { return _mm512_mask_blend_epi32(m, b, a); }
 SPECDEC_INLINE Vec to_floats(Ints a) { return _mm512_cvtepi32_ps(a); }  // signed
+SPECDEC_INLINE Vec to_floats_unsigned(Ints a) { return _mm512_cvtepu32_ps(a); }
 SPECDEC_INLINE Ints to_ints(Vec a) { return _mm512_cvttps_epi32(a); }
 SPECDEC_INLINE void multiply_wide(Ints a, uint32_t b, Ints* high, Ints* low) {
   const Ints factor = iset1(b);

@@ -43,6 +43,15 @@ SPECDEC_INLINE Vec log(Vec x) {
   return fma(e, set1(0x1.63p-1f), add(f, tail));
 }
 
+// log(1 - v) for v in [0, 1) to 2 ulp, however small v is.
+SPECDEC_INLINE Vec log_1m(Vec v) {
+  const Vec one = set1(1.0f), near = sub(one, v);
+  // 1 - v = near + lost without error, and log(near + lost) = log(near) + lost / near to first order. lost is not 0
+  // only where v < 1/2, at most 2^-25, and 1 + v is 1 / near to within v^2.
+  const Vec lost = sub(sub(one, near), v);
+  return fma(lost, add(one, v), log(near));
+}
+
 // What a request's draws depend on; the row tells several rows of a request apart.
 struct StreamKey {
   uint32_t seed_low, seed_high, offset, stream, row;
@@ -72,12 +81,15 @@ SPECDEC_INLINE Vec coins(const StreamKey& s, Ints columns) {
   return mul(to_floats(shift_right(philox(s, columns), 8)), set1(0x1p-24f));
 }
 
-// Standard Gumbel noise; at most kMostNoise, which -log(-log(1 - 2^-24)) = 16.64 does not reach.
-constexpr float kMostNoise = 16.65f;
-SPECDEC_INLINE Vec gumbels(const StreamKey& s, Ints columns) {
-  const Vec u = mul(add(to_floats(shift_right(philox(s, columns), 9)), set1(0.5f)), set1(0x1p-23f));
+// Standard Gumbel noise of 32-bit words, -log(-log(1 - v)); v is the gumbel_argument of specdec/philox.h, bit for bit.
+// At most kMostNoise: v >= 2^-33 and -log(1 - v) >= v, so the exact noise is at most 33 ln 2 < 22.8739. Errors of 2 ulp
+// in each logarithm add less than 5e-6 to that.
+constexpr float kMostNoise = 22.875f;
+SPECDEC_INLINE Vec gumbels_of(Ints words) {
+  const Vec v = min(set1(0x1.fffffep-1f), mul(add(to_floats_unsigned(words), set1(0.5f)), set1(0x1p-32f)));
   const Vec zero = set1(0.0f);
-  return sub(zero, log(sub(zero, log(u))));
+  return sub(zero, log(sub(zero, log_1m(v))));
 }
+SPECDEC_INLINE Vec gumbels(const StreamKey& s, Ints columns) { return gumbels_of(philox(s, columns)); }
 
 }  // namespace specdec::SPECDEC_TIER

@@ -74,6 +74,7 @@ SPECDEC_INLINE Ints shift_right(Ints a, int n) { return a >> n; }
 SPECDEC_INLINE Mask ieq(Ints a, Ints b) { return a == b; }
 SPECDEC_INLINE Ints iselect(Mask m, Ints a, Ints b) { return m ? a : b; }
 SPECDEC_INLINE Vec to_floats(Ints a) { return static_cast<float>(static_cast<int32_t>(a)); }  // signed
+SPECDEC_INLINE Vec to_floats_unsigned(Ints a) { return static_cast<float>(a); }
 SPECDEC_INLINE Ints to_ints(Vec a) { return static_cast<uint32_t>(static_cast<int32_t>(a)); }
 SPECDEC_INLINE void multiply_wide(Ints a, uint32_t b, Ints* high, Ints* low) {
   const uint64_t product = static_cast<uint64_t>(a) * b;

@@ -64,7 +64,9 @@ def run_generate(arguments: argparse.Namespace) -> int:
         console.print(text, style="dim", end="", markup=False, highlight=False)
         console.print(coloured(outcomes[-1], number, tokenizer))
     greedy = arguments.temperature == 0
-    console.print(table(outcomes, f"{len(texts)} prompts; text by {outcomes[-1].method.name}", greedy=greedy))
+    console.print(
+        table(outcomes, f"prompts: {len(texts)}; the text above is by {outcomes[-1].method.name}", greedy=greedy)
+    )
     if arguments.out is not None:
         picture(outcomes, arguments.out, f"{arguments.target}, drafter {arguments.drafter}")
     lines = differing(outcomes) if greedy else []

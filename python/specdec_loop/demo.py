@@ -19,6 +19,7 @@ TARGET = {"hidden": 1024, "layers": 12}
 DRAFTER = {"hidden": 256, "layers": 2}
 ROWS = 8000
 METHODS = 5
+CONTEXT = 240  # characters of a prompt that are shown
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -70,9 +71,14 @@ def run(arguments: argparse.Namespace) -> int:
         eos_token_id=(),
     )
     console.print()
-    console.print(table(outcomes, f"{len(outcomes[0].tokens)} prompts", greedy=True))
-    console.print("\nOne continuation by the tree; [green]green[/green] tokens are accepted drafts:\n")
-    console.print(coloured(outcomes[2], 0, pair.tokenizer))
+    console.print(table(outcomes, f"prompts decoded: {len(outcomes[0].tokens)}", greedy=True))
+    tree_outcome = outcomes[2]
+    # A small model repeats itself at times; the liveliest continuation says most.
+    number = max(range(len(tree_outcome.tokens)), key=lambda i: len(set(tree_outcome.tokens[i])))
+    console.print("\nThe end of a prompt, and what the tree made of it ([green]green[/green]: accepted drafts):\n")
+    context = pair.tokenizer.decode(prompts[number])[-CONTEXT:]
+    console.print(context, style="dim", end="", markup=False, highlight=False)
+    console.print(coloured(tree_outcome, number, pair.tokenizer))
     picture(outcomes, arguments.out, f"Lossless speculative decoding on {torch.get_num_threads()} CPU threads")
     console.print(f"\nPicture: {arguments.out}")
     lines = differing(outcomes)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .trees import tree_layout
+from .trees import bounded, tree_layout
 
 
 def tree_attention(
@@ -26,7 +26,11 @@ def tree_attention(
     v_scale: Tensor | None,
     return_lse: bool,
 ) -> tuple[Tensor, Tensor]:
-    """See specdec_kernels.attention.tree_attention. Only the slots that some node may see are touched."""
+    """See specdec_kernels.attention.tree_attention. Only the slots that some node may see are touched.
+
+    Values that do not fit never lead outside a tensor: nodes behind max_nodes or without room in the cache get 0, and
+    prefix_lens and block_table are clamped to what is there.
+    """
     exact = torch.promote_types(query.dtype, torch.float32)
     nodes, q_heads, _ = query.shape
     kv_heads = key_cache.shape[1 if block_table is None else 2]
@@ -38,12 +42,14 @@ def tree_attention(
     if mask_bits is None or window:
         depths, ancestor_bits = tree_layout(parents, cu_nodes, max_nodes)
         sees = ancestor_bits if mask_bits is None else mask_bits
-    starts = cu_nodes.tolist()
+    room = _room(key_cache, block_table)
+    starts = bounded(cu_nodes, nodes).tolist()
     for b, prefix in enumerate(prefix_lens.tolist()):
-        rows = slice(starts[b], starts[b + 1])
-        n = rows.stop - rows.start
+        n = min(starts[b + 1] - starts[b], max_nodes, room)
         if n == 0:
             continue
+        rows = slice(starts[b], starts[b] + n)
+        prefix = min(max(prefix, 0), room - n)
         # The root sees the most distant slot that any node sees.
         first = max(0, prefix - window + 1) if window else 0
         keys = _slots(key_cache, block_table, b, first, prefix + n).to(exact)
@@ -82,13 +88,20 @@ def tree_attention(
     return out, lse
 
 
+def _room(cache: Tensor, block_table: Tensor | None) -> int:
+    """Slots that one request can have."""
+    if block_table is None:
+        return cache.shape[2]
+    return block_table.shape[1] * cache.shape[1] if len(cache) else 0
+
+
 def _slots(cache: Tensor, block_table: Tensor | None, b: int, first: int, last: int) -> Tensor:
     """[Hkv, last - first, D]: slots first .. last-1 of request b; a view where the cache is dense."""
     if block_table is None:
         return cache[b, :, first:last]
     size = cache.shape[1]
     start = first // size
-    blocks = cache[block_table[b, start : (last + size - 1) // size].long()]
+    blocks = cache[block_table[b, start : (last + size - 1) // size].long().clamp(0, len(cache) - 1)]
     return blocks.flatten(0, 1)[first - start * size : last - start * size].transpose(0, 1)
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .coins import Coins, Draws
-from .rows import Rows, normalised
+from .rows import Rows, draft_of, normalised, without
 from .tree_view import TreeView
 
 
@@ -37,10 +37,8 @@ def block(tree: TreeView, target: Rows, draft: Rows | None, coins: Coins):
         inner, here = i < length, requests * 0 + min(i, tree.tokens.shape[1] - 1)
         p, p_sound = target.probs(tree.row(here), requests)
         token = tree.tokens[:, min(i + 1, tree.tokens.shape[1] - 1)]
-        if draft is None:
-            q, q_sound = torch.zeros_like(p).scatter(1, token[:, None], 1.0), inner
-        else:
-            q, q_sound = draft.probs(tree.row(here), requests)
+        weights, q_sound = (None, inner) if draft is None else draft.log_weights(tree.row(here), requests)
+        q = draft_of(weights, token, like=p)
         sound = sound & (~inner | (p_sound & q_sound))
         left = (w[:, None] * p - q).clamp(min=0)
         share = torch.where(inner, _hold(w, left.sum(1)), w)
@@ -68,7 +66,7 @@ def traversal(tree: TreeView, target: Rows, draft: Rows | None, coins: Coins, *,
     sound = torch.ones(batch, dtype=torch.bool, device=device)
     for j in range(width):
         p, ok = target.probs(tree.row(requests * 0 + j), requests)
-        q, q_ok = (None, ok) if draft is None else draft.probs(tree.row(requests * 0 + j), requests)
+        q, q_ok = (None, ok) if draft is None else draft.log_weights(tree.row(requests * 0 + j), requests)
         sound &= ~inner[:, j] | (ok & q_ok)
         P.append(p)
         Q.append(q)
@@ -77,7 +75,6 @@ def traversal(tree: TreeView, target: Rows, draft: Rows | None, coins: Coins, *,
         P, p_sound = [torch.zeros(batch, target.vocabulary, device=device)], [sound]
     P, p_sound = torch.stack(P, 1), torch.stack(p_sound, 1)
     Q = None if draft is None else torch.stack(Q, 1)
-    fallback = P
     parent = tree.parents.clamp(min=0)
     alive = tree.valid.clone()
     w = torch.ones_like(P[:, :, 0])
@@ -85,8 +82,7 @@ def traversal(tree: TreeView, target: Rows, draft: Rows | None, coins: Coins, *,
     held = torch.full_like(w, torch.nan)  # weight of a node once a child of it was rejected
     end = torch.full((batch,), -1, device=device)
     for _ in range(width):
-        q_x = torch.ones_like(w) if Q is None else Q[requests[:, None], parent, tree.tokens]
-        ratio = _ratio(P[requests[:, None], parent, tree.tokens], q_x)
+        ratio = _ratio(P[requests[:, None], parent, tree.tokens], _chances(Q, parent, tree.tokens, like=w))
         w = torch.where(held.isnan(), 1.0, held)
         for _ in range(tree.max_depth):
             given = (w.gather(1, parent) * ratio).nan_to_num(0.0, posinf=1.0).clamp(max=1.0)
@@ -101,17 +97,26 @@ def traversal(tree: TreeView, target: Rows, draft: Rows | None, coins: Coins, *,
             break
         up, x = parent.gather(1, leaf[:, None])[:, 0], tree.tokens.gather(1, leaf[:, None])[:, 0]
         p_up, w_up = P[requests, up], w[requests, up]
-        q_up = torch.zeros_like(p_up).scatter(1, x[:, None], 1.0) if Q is None else Q[requests, up]
-        left = (w_up[:, None] * p_up - q_up).clamp(min=0)
-        P[requests, up] = torch.where(gone[:, None], normalised(left, fallback[requests, up]), p_up)
+        weights = None if Q is None else Q[requests, up]
+        left = (w_up[:, None] * p_up - draft_of(weights, x, like=p_up)).clamp(min=0)
+        P[requests, up] = torch.where(gone[:, None], normalised(left, p_up), p_up)
         new_w = torch.where(up == 0, 1.0, _hold(w_up, left.sum(1)))
         held[requests, up] = torch.where(gone, new_w, held[requests, up])
         if Q is not None and not replacement:
-            thinned = q_up.scatter(1, x[:, None], 0.0)
-            Q[requests, up] = torch.where(gone[:, None], normalised(thinned, thinned), q_up)
+            Q[requests, up] = without(weights, x, gone)
         alive[requests, leaf] &= ~gone
     end = end.clamp(min=0)
     return tree.path_to(end), P[requests, end], sound & p_sound.gather(1, end[:, None])[:, 0]
+
+
+def _chances(Q: Tensor | None, parent: Tensor, tokens: Tensor, like: Tensor) -> Tensor:
+    """[B, n] probability with which each node's token was drawn, given log weights Q [B, n, V] of its parent."""
+    if Q is None:
+        return torch.ones_like(like)
+    requests = torch.arange(len(parent), device=parent.device)[:, None]
+    whole = Q.logsumexp(2).gather(1, parent)
+    chance = (Q[requests, parent, tokens] - whole).exp()
+    return torch.where(whole > -torch.inf, chance, 1.0).to(like.dtype)
 
 
 def _first_leaf(tree: TreeView, alive: Tensor) -> Tensor:

@@ -30,26 +30,36 @@ class Rows:
         self.compact = vocab is not None
         self.params = torch.tensor([scalars], dtype=torch.float32, device=logits.device) if params is None else params
 
-    def probs(self, rows: Tensor, requests: Tensor) -> tuple[Tensor, Tensor]:
-        """([M, V] probabilities, [M] whether the row is sound) of `rows` [M] int64, which belong to `requests` [M]."""
+    def log_weights(self, rows: Tensor, requests: Tensor) -> tuple[Tensor, Tensor]:
+        """([M, V] logarithms of unnormalised probabilities, [M] whether the row is sound) of `rows` [M] int64.
+
+        The rows belong to `requests` [M]. The largest weight is 1. Logarithms, because what is left of a peaked row
+        once its peak is taken away has underflowed as probabilities, but not as logarithms.
+        """
         z = self.logits[rows].to(self.dtype)
         if self.allowed is not None:
             words = self.allowed[rows][:, self.columns >> 5]
             z = z.masked_fill((words >> (self.columns & 31).to(torch.int32)) & 1 == 0, -torch.inf)
         sound = ~(z.isnan() | (z == torch.inf)).any(1) & (z > -torch.inf).any(1)
         settings = self.params.expand(max(len(self.params), 1), 4)[requests if len(self.params) > 1 else requests * 0]
-        p = _filtered(z, *settings.unsqueeze(2).unbind(1)) if z.shape[1] else z
+        z = _filtered(z, *settings.unsqueeze(2).unbind(1)) if z.shape[1] else z
         if self.compact:
             inside = (self.columns >= 0) & (self.columns < self.vocabulary)
-            full = p.new_zeros(len(rows), self.vocabulary)
-            p = full.index_copy(1, self.columns[inside], p[:, inside])
-        return p, sound
+            full = z.new_full((len(rows), self.vocabulary), -torch.inf)
+            z = full.index_copy(1, self.columns[inside], z[:, inside])
+        return z, sound
+
+    def probs(self, rows: Tensor, requests: Tensor) -> tuple[Tensor, Tensor]:
+        """([M, V] probabilities, [M] whether the row is sound)."""
+        z, sound = self.log_weights(rows, requests)
+        return z.softmax(1), sound
 
 
 def _filtered(z: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
-    """[M, V] probabilities of logits `z`; the settings are [M, 1] fp32, off at top_k 0, top_p 1, min_p 0."""
-    greedy = torch.zeros_like(z).scatter(1, z.argmax(1, keepdim=True), 1.0)
-    z = z / torch.where(temperature > 0, temperature, 1.0).to(z.dtype)
+    """[M, V] log weights of logits `z`; the settings are [M, 1] fp32, off at top_k 0, top_p 1, min_p 0."""
+    greedy = torch.full_like(z, -torch.inf).scatter(1, z.argmax(1, keepdim=True), 0.0)
+    # The peak first: a quotient of large numbers would lose what tells them apart, or overflow.
+    z = (z - z.amax(1, keepdim=True)) / torch.where(temperature > 0, temperature, 1.0).to(z.dtype)
     if bool((top_k > 0).any()):
         ranked = z.sort(1, descending=True).values
         kth = ranked.gather(1, (top_k.long() - 1).clamp(0, z.shape[1] - 1))
@@ -59,9 +69,25 @@ def _filtered(z: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_
         mass = ranked.softmax(1, dtype=torch.float64).cumsum(1)
         last = (mass < top_p.double()).sum(1, keepdim=True).clamp(max=z.shape[1] - 1)
         z = z.masked_fill((top_p < 1) & (z < ranked.gather(1, last)), -torch.inf)
-    peak = z.amax(1, keepdim=True)
-    z = z.masked_fill((z - peak).exp() < min_p.to(z.dtype), -torch.inf)
-    return torch.where(temperature > 0, z.softmax(1), greedy)
+    z = z.masked_fill(z.exp() < min_p.to(z.dtype), -torch.inf)
+    return torch.where(temperature > 0, z, greedy)
+
+
+def without(log_weights: Tensor, token: Tensor, where: Tensor) -> Tensor:
+    """`log_weights` [B, V] with `token` [B] taken out in the requests of `where` [B]."""
+    return torch.where(where[:, None], log_weights.scatter(1, token[:, None], -torch.inf), log_weights)
+
+
+def draft_of(log_weights: Tensor | None, token: Tensor, like: Tensor) -> Tensor:
+    """[B, V] distribution from which `token` [B] was drawn.
+
+    A point mass without weights, and where no weight is left: then no draw can have been made (greedy drafts).
+    """
+    point = torch.zeros_like(like).scatter(1, token[:, None], 1.0)
+    if log_weights is None:
+        return point
+    left = (log_weights > -torch.inf).any(1, keepdim=True)
+    return torch.where(left, torch.where(left, log_weights, 0.0).softmax(1), point)
 
 
 def normalised(mass: Tensor, fallback: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 Each rule takes one level of the walk for a batch of requests:
     p      [B, V] target distribution at the node
-    q      [B, V] draft distribution at the node, None where every draft token was a point mass
+    q      [B, V] log weights of the draft distribution at the node, None where every draft token was a point mass
     x      [B, C] int64 tokens of the draws, in the order in which they are tried
     mask   [B, C] which draws exist
     draws  names each draw for `coins`
@@ -16,7 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .rows import normalised
+from .rows import draft_of, normalised, without
 
 _BISECTIONS = 60
 
@@ -25,28 +25,23 @@ def _at(distribution: Tensor, token: Tensor) -> Tensor:
     return distribution.gather(1, token[:, None])[:, 0]
 
 
-def _point(like: Tensor, token: Tensor) -> Tensor:
-    return torch.zeros_like(like).scatter(1, token[:, None], 1.0)
-
-
 def multi_round(p, q, x, mask, draws, coins, *, replacement: bool = True):
     """Draw after draw, subtracting what was tried from what is left (SpecInfer; without replacement: RSD).
 
     One draw is the chain rule of Leviathan et al.; point masses make it the rule for any deterministic siblings.
     """
-    rest, draft = p, q
+    rest = p
     accepted = torch.full_like(x[:, 0], -1) if x.shape[1] else torch.full((len(p),), -1, device=p.device)
     for j in range(x.shape[1]):
         token = x[:, j]
         trying = mask[:, j] & (accepted < 0)
-        drafted = _point(p, token) if q is None else draft
+        drafted = draft_of(q, token, like=p)
         hit = coins.accept(draws, j, _at(drafted, token), _at(rest, token), trying)
         accepted = torch.where(trying & hit, j, accepted)
-        rejected = (trying & ~hit)[:, None]
-        rest = torch.where(rejected, normalised((rest - drafted).clamp(min=0), p), rest)
+        rejected = trying & ~hit
+        rest = torch.where(rejected[:, None], normalised((rest - drafted).clamp(min=0), p), rest)
         if q is not None and not replacement:
-            left = draft.scatter(1, token[:, None], 0.0)
-            draft = torch.where(rejected, normalised(left, left), draft)
+            q = without(q, token, rejected)
     return accepted, rest
 
 
@@ -79,7 +74,7 @@ def _pick(weights, fallback, x, mask, draws, node, coins):
 def k_seq(p, q, x, mask, draws, coins):
     """Each draw against q scaled by rho, the scale at which k draws lose no mass (SpecTr, section 5)."""
     k = mask.sum(1, keepdim=True).to(torch.float64)
-    P, Q = p.double(), q.double()
+    P, Q = p.double(), q.softmax(1).double()
 
     def overlap(rho):
         return torch.minimum(Q, P / rho).sum(1, keepdim=True)
@@ -114,10 +109,8 @@ def greedy_multi(p, q, x, mask, draws, coins):
     last = mask.sum(1) - 1
     column = torch.arange(x.shape[1], device=x.device)
     is_draw, is_top = mask & (column == last[:, None]), mask & (column < last[:, None])
-    tops = torch.zeros_like(q).scatter_add(1, x, is_top.to(q.dtype)) > 0
-    rest_of_q = q.masked_fill(tops, 0.0)
-    rest_of_q = normalised(rest_of_q, rest_of_q)
-    accepted, residual = multi_round(p, rest_of_q, x, is_draw, draws, coins)
+    tops = torch.zeros_like(p).scatter_add(1, x, is_top.to(p.dtype)) > 0
+    accepted, residual = multi_round(p, q.masked_fill(tops, -torch.inf), x, is_draw, draws, coins)
     residual = torch.where((last >= 0)[:, None], residual, p)
     picked, outside = _pick(residual, p, x, is_top & (accepted < 0)[:, None], draws, draws.nodes[:, 0], coins)
     return torch.where(accepted >= 0, accepted, picked), outside

@@ -11,16 +11,18 @@ from .. import philox
 def tree_layout(parents: Tensor, cu_nodes: Tensor, max_nodes: int) -> tuple[Tensor, Tensor]:
     """Depths and ancestor bits by pointer doubling: after round t each node has gathered its next 2^t ancestors.
 
-    Nothing here depends on values the host would have to read. Rows behind cu_nodes[-1] (padding) and parents out of
-    range give harmless numbers.
+    Nothing here depends on values the host would have to read. A parent that does not come before its child counts as
+    the node before it, so every walk ends; rows that cu_nodes gives to no tree (padding) hold harmless numbers.
     """
     nodes = parents.shape[0]
+    cu_nodes = bounded(cu_nodes, nodes)
     index = torch.arange(nodes, device=parents.device)
     tree = torch.searchsorted(cu_nodes, index.to(cu_nodes.dtype), right=True) - 1
     starts = cu_nodes.long()[tree.clamp(min=0)]
     local = index - starts
+    parents = torch.minimum(parents.long(), local - 1)
     is_root = parents < 0
-    jump = torch.where(is_root, index, starts + parents.long()).clamp(0, max(nodes - 1, 0))
+    jump = torch.where(is_root, index, starts + parents)
     depths = (~is_root).to(torch.int32)
     word = torch.arange((max_nodes + 63) // 64, device=parents.device)
     own = torch.ones_like(local) << (local & 63)
@@ -30,6 +32,11 @@ def tree_layout(parents: Tensor, cu_nodes: Tensor, max_nodes: int) -> tuple[Tens
         bits = bits | bits[jump]
         jump = jump[jump]
     return depths, bits
+
+
+def bounded(cu_nodes: Tensor, nodes: int) -> Tensor:
+    """`cu_nodes` made ascending and kept in 0..nodes, so that nothing that is indexed with it leaves its tensor."""
+    return cu_nodes.clamp(0, nodes).cummax(0).values
 
 
 def ranked(keys: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -60,9 +67,9 @@ def _noise(rng: tuple[Tensor, Tensor, Tensor], columns: int, draft_vocab: Tensor
 
 
 def _ids(columns: Tensor, known: Tensor, draft_vocab: Tensor | None, k: int) -> Tensor:
-    """[M, k] int32 target ids of `columns`; -1 where not `known` and behind the last column."""
+    """[M, k] int32 target ids of `columns`; -1 where not `known` or negative and behind the last column."""
     ids = columns if draft_vocab is None else draft_vocab[columns]
-    ids = torch.where(known, ids.to(torch.int32), -1)
+    ids = torch.where(known & (ids >= 0), ids.to(torch.int32), -1)
     return torch.nn.functional.pad(ids, (0, k - ids.shape[1]), value=-1)
 
 

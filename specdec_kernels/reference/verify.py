@@ -41,7 +41,7 @@ def top_down(tree: TreeView, target: Rows, draft: Rows | None, rule, coins: Coin
         p, p_sound = target.probs(tree.row(here), requests)
         nodes, mask = tree.children(here)
         mask &= walking[:, None] & (depth < tree.max_depth)
-        q, q_sound = (None, walking) if draft is None else draft.probs(tree.row(here), requests)
+        q, q_sound = (None, walking) if draft is None else draft.log_weights(tree.row(here), requests)
         sound &= ~walking | (p_sound & (q_sound | ~mask.any(1)))
         draws, x, mask = _draws(tree, here, nodes, mask, coins)
         accepted, last = rule(p, q, x, mask, draws, coins)

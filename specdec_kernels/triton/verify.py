@@ -12,6 +12,9 @@ from torch import Tensor
 from .coins import ACCEPT, FINAL, uniform
 from .rows import Lse, Row, column_of, draw, is_sound, logits_at, logprob, lse, prob, residual_mass
 
+# Of a temperature near 0 the reciprocal overflows; a finite one still makes 0 * inverse = 0 at the peak.
+LARGEST_INVERSE = tl.constexpr(1.7e38)
+
 
 @triton.jit
 def row_of(data, i, stride, column_stride, size, words, words_stride, word_stride, vocab, temperature):
@@ -25,7 +28,7 @@ def row_of(data, i, stride, column_stride, size, words, words_stride, word_strid
         mask = words + i * words_stride
     return Row(
         data=row, stride=column_stride, size=size, words=mask, words_stride=word_stride, vocab=vocab,
-        inverse_temperature=1.0 / tl.where(hot, temperature, 1.0), greedy=~hot,
+        inverse_temperature=tl.minimum(1.0 / tl.where(hot, temperature, 1.0), LARGEST_INVERSE), greedy=~hot,
     )  # fmt: skip
 
 
