@@ -3,10 +3,10 @@
 Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011. The key is the seed; the counter is
 (offset, stream, row, column / 4) and the lane column % 4. A coin is `(x >> 8) * 2^-24`, in [0, 1).
 
-Gumbel noise is `-log(-log1p(-v))` with `v = min((x + 0.5) * 2^-32, 1 - 2^-24)`: x rounds to the nearest fp32, then every
-operation rounds once. `v` is the distance of the uniform from 1, and large noise comes from a small `v`, where fp32 is
-fine: the largest is 33 ln 2 = 22.9. The 24 bits of a coin would end at 17 in steps of up to ln 3, but one token of a tail
-of 1e-3 over a vocabulary of 128256 is drawn first only with a noise of about 19, which would never come.
+Gumbel noise is `-log(-log1p(-v))` with `v = min((x + 0.5) * 2^-32, 1 - 2^-24)`: x rounds to the nearest fp32, then
+every operation rounds once. `v` is the distance of the uniform from 1; large noise comes from a small `v`, where fp32
+is fine, and ends at 33 ln 2 = 22.9. The 24 bits of a coin would end at 17 in steps of up to ln 3, but one token of a
+tail of 1e-3 over a vocabulary of 128256 is drawn first only with a noise of about 19, which would never come.
 """
 
 from __future__ import annotations

@@ -31,8 +31,8 @@ class DraftTree(NamedTuple):
 
         Args:
             tokens: [B, K+1] integer, the root followed by K draft tokens.
-            lengths: [B] nodes to keep of each row, 1..K+1 (default: all K+1). Numbers or a tensor on the host keep
-                everything asynchronous; a tensor on a device is read back once, which waits for it.
+            lengths: [B] nodes to keep of each row, 1..K+1 (default: all K+1). From numbers or a
+                tensor on the host nothing is read back; a tensor on a device is read back once, which waits for it.
 
         Raises:
             TypeError: tokens that are no tensor.

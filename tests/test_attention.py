@@ -6,9 +6,10 @@ import math
 
 import pytest
 import torch
-from attention_cases import NAN, Case, bits_of, naive
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
+from attention_cases import NAN, Case, bits_of, naive
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 1.6e-2, torch.float16: 2e-3}
 

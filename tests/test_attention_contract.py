@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from attention_cases import NAN, Case
 
+from attention_cases import NAN, Case
 from specdec_kernels import tree_attention
 
 
@@ -93,3 +93,47 @@ def test_debug_checks_read_values(monkeypatch):
     paged["block_table"][1, 0] = -1
     with pytest.raises(ValueError, match=r"block_table: expected blocks in 0..\d+, got -1 at index 4"):
         case.run(**paged)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"parents": [-1, 2, 0, -1, 0]}, "tree.parents: expected parents before children, got 2 at index 1"),
+        ({"parents": [-1, -1, 0, -1, 0]}, "tree.parents: expected -1 at each root and nowhere else, got -1 at index 1"),
+        ({"cu_nodes": [0, 3, 4]}, "tree.cu_nodes: expected N=5 last, got 4"),
+        ({"cu_nodes": [3, 2, 5]}, "tree.cu_nodes: expected 0 first, got 3"),
+        ({"cu_nodes": [0, 5, 5]}, "tree.cu_nodes: expected 1..3 nodes a request, got 5 at index 0"),
+        ({"max_nodes": 2}, "tree.cu_nodes: expected 1..2 nodes a request, got 3 at index 0"),
+        ({"max_depth": 0}, "tree.max_depth: expected no node deeper than max_depth=0, got 1 at index 1"),
+    ],
+)
+def test_debug_checks_read_the_tree(change, message, monkeypatch):
+    case = Case([[-1, 0, 0], [-1, 0]], [6, 2])
+    change = {k: torch.tensor(v, dtype=torch.int32) if isinstance(v, list) else v for k, v in change.items()}
+    tree = case.tree._replace(**change)
+    assert case.run(tree=tree).isfinite().all()  # without the checks nothing leaves its tensor
+    monkeypatch.setattr("specdec_kernels.tree_checks.DEBUG", True)
+    case.run()
+    with pytest.raises(ValueError, match=message):
+        case.run(tree=tree)
+
+
+def test_values_that_do_not_fit_stay_in_bounds():
+    case = Case([[-1, 0, 0], [-1, 0]], [6, 2], spare=0)
+    case.keys, case.values = case.keys.nan_to_num(), case.values.nan_to_num()
+    want, paged = case.run(), case.paged(4)
+    pools = {name: paged[name].nan_to_num() for name in ("key_cache", "value_cache")}
+    for lens in ([6, -3], [6, 900]):
+        for caches in ({}, paged | pools):
+            got = case.run(prefix_lens=torch.tensor(lens, dtype=torch.int32), **caches)
+            assert got.isfinite().all() and torch.allclose(got[:3], want[:3])
+    for block in (-1, 10**6):
+        assert (
+            case.run(**paged | pools | {"block_table": torch.full_like(paged["block_table"], block)}).isfinite().all()
+        )
+    none = {name: pool[:0] for name, pool in pools.items()}
+    assert (case.run(**paged | none) == 0).all()
+    # One word of 64 bits for a tree of 70 nodes: the nodes behind max_nodes get nothing, the others what they see.
+    long = Case([[-1, *range(69)]], [1])
+    got, want = long.run(tree=long.tree._replace(max_nodes=64)), long.run()
+    assert torch.allclose(got[:64], want[:64], atol=1e-6) and (got[64:] == 0).all()

@@ -6,12 +6,13 @@ import re
 
 import pytest
 import torch
-from loop_support import llama, noisy, one_thread  # noqa: F401 (a fixture)
 from safetensors.torch import save_file
-from specdec_loop import compare
-from specdec_loop.__main__ import main
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
+
+from loop_support import llama, noisy, one_thread  # noqa: F401 (a fixture)
+from specdec_loop import compare
+from specdec_loop.__main__ import main
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from test_kv import DTYPES, PATHS, PREFIX, i32, move_slot_by_slot, paged, random_cache, raw
 
 ROOT = Path(__file__).resolve().parents[1]

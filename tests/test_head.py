@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from head_cases import BACKENDS, TOLERANCE, check_ranking, inputs, logits64, lse_and_entropy, whole
 
 import specdec_kernels as sk
+from head_cases import BACKENDS, TOLERANCE, check_ranking, inputs, logits64, lse_and_entropy, whole
 from specdec_kernels.philox import gumbels
 
 pytestmark = pytest.mark.native

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from head_cases import BACKENDS, TOLERANCE, check_ranking, inputs, logits64
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import specdec_kernels as sk
+from head_cases import BACKENDS, TOLERANCE, check_ranking, inputs, logits64
 from specdec_kernels import head
 
 HIDDEN, WEIGHT = inputs(3, 20, 8)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from head_cases import BACKENDS
 from scipy.stats import chi2
 
 import specdec_kernels as sk
+from head_cases import BACKENDS
 
 TRIALS, VOCABULARY = 200_000, 16
 

@@ -10,10 +10,10 @@ import math
 
 import pytest
 import torch
-from head_cases import BACKENDS, check_ranking
 from scipy.stats import binom
 
 import specdec_kernels as sk
+from head_cases import BACKENDS, check_ranking
 from specdec_kernels import philox
 
 VOCABULARY, HEAVY, TAIL = 128256, 1000, 1e-3

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from loop_support import llama, noisy, one_thread  # noqa: F401 (a fixture)
-from specdec_loop import Statistics, Tree, generate, hf, vocab
 from transformers import (
     GenerationConfig,
     StoppingCriteria,
@@ -14,7 +12,9 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from loop_support import llama, noisy, one_thread  # noqa: F401 (a fixture)
 from specdec_kernels import SamplingParams
+from specdec_loop import Statistics, Tree, generate, hf, vocab
 
 IDS = torch.tensor([[1, 2, 3, 4, 5], [9, 8, 7, 6, 5]])
 SHAPES = {"chain": {"draft_length": 3}, "tree": {"tree": Tree(nodes=8, depth=3, width=3)}}

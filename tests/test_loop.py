@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers import BloomConfig, BloomForCausalLM, T5Config, T5ForConditionalGeneration
+
 from loop_support import llama, noisy, one_thread  # noqa: F401 (a fixture)
+from specdec_kernels import SamplingParams
 from specdec_loop import ModelDrafter, NgramDrafter, Tree, attend, autoregressive, generate
 from specdec_loop.packed import pack_linears_
 from specdec_loop.policies import AdaEDL
-from transformers import BloomConfig, BloomForCausalLM, T5Config, T5ForConditionalGeneration
-
-from specdec_kernels import SamplingParams
 
 PROMPTS = [[1, 2, 3, 4, 5], [7], [9, 8, 7, 6, 5, 4, 3, 2, 1], [3, 3, 3]]
 TREE = Tree(nodes=12, depth=4, width=3, branching=(3, 2, 1))

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from loop_support import exact_law, llama, noisy, one_thread, p_value  # noqa: F401 (a fixture)
+from specdec_kernels import SamplingParams
 from specdec_loop import ModelDrafter, NgramDrafter, Tree, generate
 from specdec_loop.drafters import Draft
-
-from specdec_kernels import SamplingParams
 
 VOCAB, REQUESTS, LENGTH = 7, 2000, 3
 PROMPT = [3, 1, 4, 1, 5, 1, 4, 1]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from loop_support import one_thread  # noqa: F401 (a fixture)
 from specdec_loop import ModelDrafter, Statistics, Tree, autoregressive, generate, tiny
 from specdec_loop.vocab import select_rows

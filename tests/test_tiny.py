@@ -6,6 +6,8 @@ import torch
 
 pytest.importorskip("transformers")
 
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
 from specdec_loop import tiny
 from specdec_loop.tiny import corpus
 from specdec_loop.tiny.evaluate import CHAIN, TREE, draft_tree, heldout_texts, longest_match, tokens_per_call
@@ -13,7 +15,6 @@ from specdec_loop.tiny.pair import DATA
 from specdec_loop.tiny.prompts import prompt_files
 from specdec_loop.tiny.sampled import UnigramSampler, candidate_logits, sampled_distillation
 from specdec_loop.tiny.train import vocabulary_order
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 
 @pytest.fixture(scope="module")

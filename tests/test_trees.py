@@ -77,6 +77,21 @@ def test_layout_ignores_padding_rows_and_survives_bad_parents():
     assert depths[:5].equal(tree.depths()) and bits[:5].equal(tree.ancestor_bits())
 
 
+@pytest.mark.parametrize("cu_nodes", [[3, 2], [0, 9], [-100, 2], [0, 5, 2], [7, -7, 4], [2, 2, 2]])
+@pytest.mark.parametrize("parents", [[-1, 2, 0, 4, 1], [9, 9, -9, 9, 9], [-1, 0, 1, 2, 3]])
+@pytest.mark.parametrize("max_nodes", [1, 3, 70])
+def test_layout_stays_in_bounds_whatever_it_is_given(cu_nodes, parents, max_nodes):
+    depths, bits = trees.tree_layout(DraftTree(ints(parents), ints(parents), ints(cu_nodes), max_nodes, 4))
+    assert bits.shape == (5, (max_nodes + 63) // 64)
+    assert (depths >= 0).all() and (depths <= torch.arange(5)).all()
+
+
+def test_layout_makes_a_parent_that_comes_late_the_node_before():
+    good, bad = make_tree([[-1, 0, 1, 0]]), make_tree([[-1, 0, 1, 0]])._replace(parents=ints([-1, 3, 2, 0]))
+    for got, want in zip(trees.tree_layout(bad), trees.tree_layout(good), strict=True):
+        assert got.equal(want)
+
+
 def test_layout_op_contract():
     tree = make_tree([[-1, 0, 0, 1], [-1, 0]])
     torch.library.opcheck(torch.ops.specdec_kernels.tree_layout.default, (tree.parents, tree.cu_nodes, 70))
@@ -123,6 +138,12 @@ def test_chains_are_trees():
     assert ragged.tokens.tolist() == [7, 8, 3, 4] and ragged.depths().tolist() == [0, 0, 1, 2]
     assert (ragged.cu_nodes.tolist(), ragged.max_nodes, ragged.max_depth) == ([0, 1, 4], 3, 2)
     assert DraftTree.chain(tokens[:0]).cu_nodes.tolist() == [0]
+    assert all(a.equal(b) for a, b in zip(ragged[:3], DraftTree.chain(tokens, ints([1, 3]))[:3], strict=True))
+    assert ragged.parents.dtype == ragged.cu_nodes.dtype == torch.int32
+    none = DraftTree.chain(tokens[:0], [])
+    assert (none.tokens.tolist(), none.cu_nodes.tolist(), none.max_nodes, none.max_depth) == ([], [0], 1, 0)
+    with pytest.raises(TypeError, match="tokens: expected a tensor, got list"):
+        DraftTree.chain([[1, 2]])
     with pytest.raises(ValueError, match=r"lengths: expected values in 1..3, got \[0, 3\]"):
         DraftTree.chain(tokens, [0, 3])
     with pytest.raises(ValueError, match=r"lengths: expected shape \[2\], got \[1\]"):
@@ -131,6 +152,14 @@ def test_chains_are_trees():
         DraftTree.chain(tokens[0])
     with pytest.raises(ValueError, match="roots: expected one for each of the 1 requests, got 2"):
         DraftTree.from_paths([[]], [1, 2])
+
+
+def test_chain_reads_nothing_back_for_lengths_on_the_host():
+    tokens = torch.zeros(3, 4, dtype=torch.int32, device="meta")  # holds no values: to read one is an error
+    for lengths in ([1, 4, 2], ints([1, 4, 2])):
+        tree = DraftTree.chain(tokens, lengths)
+        assert tree.tokens.shape == tree.parents.shape == (7,) and tree.cu_nodes.shape == (4,)
+        assert {value.device.type for value in tree[:3]} == {"meta"} and (tree.max_nodes, tree.max_depth) == (4, 3)
 
 
 token_paths = st.lists(st.lists(st.integers(0, 2), max_size=4).map(tuple), max_size=6)
@@ -184,6 +213,16 @@ def test_merge_names_bad_arguments():
         trees.merge_trees([tree, make_tree([[-1], [-1]])])
     with pytest.raises(ValueError, match="trees: expected equal roots, got 0 and 3 for request 0"):
         trees.merge_trees([tree, tree._replace(tokens=ints([3, 1]))])
+    for change, message in (
+        ({"tokens": ints([0])}, r"tree.tokens: expected shape \[N=2\], got \[1\]"),
+        ({"counts": ints([1])}, r"tree.counts: expected shape \[N=2\], got \[1\]"),
+        ({"parents": ints([-1, 1])}, "tree.parents: expected parents before children, got 1 at index 1"),
+        ({"parents": ints([-1, -1])}, "tree.parents: expected -1 at each root and nowhere else, got -1 at index 1"),
+        ({"cu_nodes": ints([0, 1])}, "tree.cu_nodes: expected N=2 last, got 1"),
+        ({"max_nodes": 1}, "tree.cu_nodes: expected 1..1 nodes a request, got 2"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            trees.merge_trees([tree._replace(**change)])
 
 
 def test_static_tree_orders_choices_level_after_level():

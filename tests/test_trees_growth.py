@@ -241,9 +241,19 @@ def test_debug_checks_read_temperatures(monkeypatch):
         trees.gumbel_top_k(torch.zeros(2, 3), 1, rows_of(2), temperature=torch.tensor([0.0, -1.0]))
 
 
+def test_draws_from_ids_that_are_no_ids_are_no_drafts():
+    for draw in (trees.gumbel_top_k, lambda *a, **kw: trees.iid_children(*a, **kw)[0]):
+        tokens = draw(torch.zeros(2, 3), 3, rows_of(2), draft_vocab=ints([5, -2, 5]))
+        assert set(tokens.flatten().tolist()) <= {-1, 5}
+
+
 def test_beam_names_bad_arguments():
     beam = trees.Beam.start(ints([1, 2]))
     rng = Philox(torch.zeros(2, dtype=torch.int64), torch.zeros(2, dtype=torch.int64))
+    with pytest.raises(TypeError, match="rng: expected a Philox, got tuple"):
+        trees.beam_expand(beam, torch.zeros(2, 1, 3), 2, (1, 2))
+    with pytest.raises(TypeError, match="beam: expected a Beam, got NoneType"):
+        trees.beam_expand(None, torch.zeros(2, 1, 3), 2, rng)
     with pytest.raises(ValueError, match=r"rng.row: expected None, the node index takes its place"):
         trees.beam_expand(beam, torch.zeros(2, 1, 3), 2, rng._replace(row=ints([0, 1])))
     with pytest.raises(ValueError, match=r"logits: expected \[B, m\] = \[2, 1\] rows, got \[2, 2, 3\]"):

@@ -8,9 +8,9 @@ import sys
 
 import pytest
 import torch
-from verify_cases import random_logits, streams
 
 from specdec_kernels import BackendError, DraftTree, Philox, SamplingParams, verify_chain, verify_tree
+from verify_cases import random_logits, streams
 
 V, B, K = 6, 2, 2
 TREE = DraftTree.chain(torch.ones(B, K + 1, dtype=torch.int32))
@@ -48,6 +48,10 @@ BAD = [
     ({"final_uniforms": FLOATS[:3]}, ValueError, r"final_uniforms: expected shape \[B=2\], got \[3\]"),
     ({"rng": Philox(torch.zeros(3).long(), torch.zeros(2).long())}, ValueError, r"rng.seed: expected shape \[B=2\]"),
     ({"rng": Philox(torch.zeros(2), torch.zeros(2).long())}, TypeError, "rng.seed: expected dtype int64"),
+    ({"rng": (1, 2)}, TypeError, "rng: expected a Philox, got tuple"),
+    ({"params": None}, TypeError, "^params: expected SamplingParams, got NoneType"),
+    ({"params": 0.5}, TypeError, "^params: expected SamplingParams, got float"),
+    ({"draft_params": {"top_p": 0.5}}, TypeError, "^draft_params: expected SamplingParams, got dict"),
     ({"params": SamplingParams(temperature=-0.5)}, ValueError, r"params.temperature: expected >= 0.0, got -0.5"),
     ({"params": SamplingParams(temperature="hot")}, TypeError, "params.temperature: expected a number"),
     ({"params": SamplingParams(temperature=float("nan"))}, ValueError, "params.temperature: expected >= 0.0, got nan"),
@@ -76,8 +80,14 @@ def test_bad_arguments_of_a_chain(change, error, message):
     "change,options,error,message",
     [
         ({}, {"method": "block"}, ValueError, "method: expected one of 'greedy'"),
-        ({"parents": TREE.parents[1:]}, {}, ValueError, r"parents: expected shape \[N=6\], got \[5\]"),
-        ({"parents": TREE.parents.long()}, {}, TypeError, "parents: expected dtype int32, got int64"),
+        ({}, {"rng": (1, 2)}, TypeError, "rng: expected a Philox, got tuple"),
+        ({}, {"params": 0.5}, TypeError, "^params: expected SamplingParams, got float"),
+        ({}, {"draft_params": 0.5}, TypeError, "^draft_params: expected SamplingParams, got float"),
+        ({"tokens": TREE.tokens[1:]}, {}, ValueError, r"tree.tokens: expected shape \[N=6\], got \[5\]"),
+        ({"cu_nodes": TREE.cu_nodes[:0]}, {}, ValueError, r"tree.cu_nodes: expected shape \[B\+1\]"),
+        ({"parents": None}, {}, TypeError, "tree.parents: expected a tensor, got NoneType"),
+        ({"parents": TREE.parents[1:]}, {}, ValueError, r"tree.parents: expected shape \[N=6\], got \[5\]"),
+        ({"parents": TREE.parents.long()}, {}, TypeError, "tree.parents: expected dtype int32, got int64"),
         ({"max_nodes": 0}, {}, ValueError, "tree.max_nodes: expected >= 1, got 0"),
         ({"max_depth": -1}, {}, ValueError, "tree.max_depth: expected >= 0, got -1"),
         (
@@ -135,9 +145,21 @@ def chain(**changes):
     arguments = dict(tokens=tree.tokens, cu_nodes=tree.cu_nodes, target_logits=torch.zeros(6, V), max_depth=2,
                      rng=Philox(torch.zeros(2).long(), torch.zeros(2).long()))
     return verify_chain(**{**arguments, **changes})
+def given(**changes):
+    return DraftTree.chain(torch.ones(2, 3, dtype=torch.int32))._replace(**changes)
 def tree(**changes):
-    t = DraftTree.chain(torch.ones(2, 3, dtype=torch.int32))._replace(**changes)
-    return verify_tree(t, torch.zeros(6, V), method="greedy")
+    return verify_tree(given(**changes), torch.zeros(6, V), method="greedy")
+def attend(**changes):
+    cache = torch.zeros(2, 1, 9, 4)
+    return tree_attention(torch.zeros(6, 1, 4), cache, cache, given(**changes), ints(2, 5))
+def layout(**changes):
+    return trees.tree_layout(given(**changes))
+def draw(function, *draft_vocab):
+    rng = Philox(torch.zeros(2).long(), torch.zeros(2).long())
+    return function(torch.zeros(2, 3), 2, rng, draft_vocab=ints(*draft_vocab))
+def beam(*draft_vocab):
+    rng = Philox(torch.zeros(2).long(), torch.zeros(2).long())
+    return trees.beam_expand(trees.Beam.start(ints(1, 2)), torch.zeros(2, 1, 3), 2, rng, draft_vocab=ints(*draft_vocab))
 def ints(*values):
     return torch.tensor(values, dtype=torch.int32)
 def expect(message, call):
@@ -147,7 +169,8 @@ def expect(message, call):
         assert re.search(message, str(error)), (message, str(error))
     else:
         raise AssertionError(message)
-chain(); tree()
+explicit = dict(accept_uniforms=torch.zeros(6), final_uniforms=torch.zeros(2))
+chain(); tree(); attend(); layout(); draw(trees.gumbel_top_k, 0, 1, 9); beam(0, 1, 9); chain(**explicit)
 compact = dict(draft_logits=torch.zeros(6, 2))
 hot = SamplingParams(top_p=torch.tensor([1.0, 2.0]))
 expect("tokens: expected ids in 0..5, or -1 for no draft, got 6 at", lambda: chain(tokens=ints(1, 1, 6, 1, 1, 1)))
@@ -157,9 +180,31 @@ expect("cu_nodes: expected 1..3 nodes a request, got 4", lambda: chain(cu_nodes=
 expect("draft_vocab: expected strictly ascending ids", lambda: chain(**compact, draft_vocab=ints(3, 3)))
 expect("draft_vocab: expected ids in 0..5, got 9", lambda: chain(**compact, draft_vocab=ints(3, 9)))
 expect("params.top_p: expected in .0.0, 1.0., got 2.0", lambda: chain(params=hot))
-expect("parents: expected parents before children, got 2", lambda: tree(parents=ints(-1, 2, 0, -1, 0, 1)))
-expect("parents: expected -1 at each root and nowhere else", lambda: tree(parents=ints(-1, -1, 0, -1, 0, 1)))
-expect("max_depth: expected no node deeper than max_depth=1, got 2", lambda: tree(max_depth=1))
+expect("^cu_nodes: expected 0 first, got 3", lambda: chain(cu_nodes=ints(3, 2, 6)))
+expect("^cu_nodes: expected N=6 last, got 90", lambda: chain(cu_nodes=ints(0, 3, 90)))
+expect("^cu_nodes: expected 1..3 nodes a request, got 90", lambda: chain(cu_nodes=ints(0, 90, 6)))
+expect("^cu_nodes: expected 1..3 nodes a request, got -3", lambda: chain(cu_nodes=ints(0, -3, 6)))
+expect("^cu_nodes: expected 1..2 nodes a request, got 3", lambda: chain(max_depth=1))
+low, high = torch.tensor([0.5, -0.5]), torch.tensor([0, 0, 0, 1.0, 0, 0])
+expect("^accept_uniforms: expected numbers in .0, 1., got 1.0 at index 3", lambda: chain(accept_uniforms=high))
+expect("^accept_uniforms: expected numbers in .0, 1., got nan", lambda: chain(accept_uniforms=high * torch.nan))
+expect("^final_uniforms: expected numbers in .0, 1., got -0.5 at index 1", lambda: chain(final_uniforms=low))
+for call in (tree, attend, layout, lambda **changes: trees.merge_trees([given(**changes)])):
+    expect("^tree.parents: expected parents before children, got 2", lambda: call(parents=ints(-1, 2, 0, -1, 0, 1)))
+    expect("^tree.parents: expected parents before children, got 1 at index 1",
+           lambda: call(parents=ints(-1, 1, 0, -1, 0, 1)))
+    expect("^tree.parents: expected -1 at each root and nowhere", lambda: call(parents=ints(-1, -1, 0, -1, 0, 1)))
+    expect("^tree.parents: expected -1 or a node of the same tree, got -7",
+           lambda: call(parents=ints(-1, 0, -7, -1, 0, 1)))
+    expect("^tree.max_depth: expected no node deeper than max_depth=1, got 2", lambda: call(max_depth=1))
+    expect("^tree.cu_nodes: expected 0 first, got 3", lambda: call(cu_nodes=ints(3, 2, 6)))
+    expect("^tree.cu_nodes: expected N=6 last, got 4", lambda: call(cu_nodes=ints(0, 3, 4)))
+    expect("^tree.cu_nodes: expected 1..2 nodes a request, got 3", lambda: call(max_nodes=2))
+    expect("^tree.cu_nodes: expected 1..3 nodes a request, got 0", lambda: call(cu_nodes=ints(0, 0, 6)))
+for call in (beam, lambda *ids: draw(trees.gumbel_top_k, *ids), lambda *ids: draw(trees.iid_children, *ids)):
+    expect("^draft_vocab: expected ids >= 0, got -2 at index 1", lambda: call(5, -2, 5))
+    expect("^draft_vocab: expected strictly ascending ids, got 5", lambda: call(5, 5, 6))
+    expect("^draft_vocab: expected strictly ascending ids, got 4", lambda: call(5, 4, 6))
 print("all raised")
 """
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 import itertools
 from functools import partial
 
-import law
 import pytest
 import torch
 from scipy.optimize import linprog
-from test_verify_law import EXACT, VERIFIERS
 
+import law
 from specdec_kernels.kv_scores import caote_scores, keydiff_scores
 from specdec_kernels.optimum import optimal_acceptance
 from specdec_kernels.reference import rules
@@ -18,6 +17,7 @@ from specdec_kernels.reference.bottom_up import block, traversal
 from specdec_kernels.reference.coins import Draws
 from specdec_kernels.reference.rows import Rows, normalised
 from specdec_kernels.reference.tree_view import TreeView
+from test_verify_law import EXACT, VERIFIERS
 
 
 def contexts(case, length):

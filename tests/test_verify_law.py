@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from functools import partial
 
-import law
 import pytest
 import torch
 
+import law
 from specdec_kernels import DraftTree, Philox, head_sample, verify_chain
 from specdec_kernels.reference import rules
 from specdec_kernels.reference.bottom_up import block, traversal

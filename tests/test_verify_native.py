@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from chain_cases import check_walks, random_case
 
 import specdec_kernels as sk
+from chain_cases import check_walks, random_case
 from specdec_kernels import backends, philox
 
 MISSING = backends.MISSING["cpu"]

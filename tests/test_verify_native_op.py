@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from chain_cases import random_case
-from test_verify_native import assert_same_bits
 
 import specdec_kernels as sk
+from chain_cases import random_case
 from specdec_kernels import backends
+from test_verify_native import assert_same_bits
 
 MISSING = backends.MISSING["cpu"]
 pytestmark = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from verify_cases import random_logits, random_tree, streams
 
 from specdec_kernels import DraftTree, Philox, SamplingParams, head_sample, verify_chain, verify_tree
 from specdec_kernels.reference.rows import Rows, draw
 from specdec_kernels.verify import CHAIN_METHODS, TREE_METHODS
+from verify_cases import random_logits, random_tree, streams
 
 EXACT_TREE = [m for m in TREE_METHODS if m != "typical"]
 

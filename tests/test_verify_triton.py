@@ -14,10 +14,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from triton_cases import Case, packed_bits
 
 import specdec_kernels as sk
 from specdec_kernels import Philox, SamplingParams, backends
+from triton_cases import Case, packed_bits
 
 pytest.importorskip("triton", reason="triton is not installed")
 

@@ -53,7 +53,8 @@ def run_generate(arguments: argparse.Namespace) -> int:
         raise ValueError("prompt: expected at least one --prompt or --prompt-file")
     target, tokenizer = _load(arguments.target, arguments)
     kinds = _kinds(arguments)
-    methods = [_method(kind, arguments, tokenizer) for kind in kinds]
+    drafter = _drafter(arguments, tokenizer) if {"chain", "tree"} & set(kinds) else None
+    methods = [_method(kind, arguments, drafter) for kind in kinds]
     params = SamplingParams(arguments.temperature, arguments.top_k, arguments.top_p, arguments.min_p)
     prompts = [tokenizer(text, return_tensors="pt").input_ids[0].to(target.device) for text in texts]
     outcomes = compare(
@@ -91,7 +92,7 @@ def _kinds(arguments: argparse.Namespace) -> list[str]:
     return kinds
 
 
-def _method(kind: str, arguments: argparse.Namespace, tokenizer) -> Method:
+def _method(kind: str, arguments: argparse.Namespace, drafter: Drafter | None) -> Method:
     branching = tuple(int(k) for k in arguments.branching.split(","))
     tree = {"tree": Tree(arguments.nodes, arguments.depth, arguments.width, branching)}
     chain = {"draft_length": arguments.draft_length}
@@ -99,7 +100,7 @@ def _method(kind: str, arguments: argparse.Namespace, tokenizer) -> Method:
         return Method(PLAIN, None, {})
     if kind.startswith("ngram"):
         return Method(kind, NgramDrafter(), chain if kind == "ngram" else tree)
-    return Method(kind, _drafter(arguments, tokenizer), chain if kind == "chain" else tree)
+    return Method(kind, drafter, chain if kind == "chain" else tree)
 
 
 def _drafter(arguments: argparse.Namespace, tokenizer) -> Drafter:

@@ -78,11 +78,15 @@ class SlotLayer(CacheLayerMixin):
 
 
 class SlotCache(Cache):
-    """A cache of `rows` requests with `length` slots each, dense, for any mix of lengths."""
+    """A cache of `rows` requests with `length` slots each, dense, for any mix of lengths.
 
-    def __init__(self, rows: int, length: int):
+    No token at a position above `last_position` will be kept. Drafts that stand there are run at that position, so that
+    speculation never reads past a table of positions that plain decoding stays within.
+    """
+
+    def __init__(self, rows: int, length: int, last_position: int):
         super().__init__(layers=[])
-        self.rows, self.length = rows, length
+        self.rows, self.length, self.last_position = rows, length, last_position
         self.step: Step | None = None
 
     def update(self, key_states, value_states, layer_idx: int, *args, **kwargs) -> tuple[Tensor, Tensor]:
@@ -218,7 +222,7 @@ def forward(model, cache: SlotCache, tokens: Tensor, positions: Tensor, step: St
     # A token of -1 is no draft: verification passes over it, so what stands in its place does not matter.
     return model(
         input_ids=tokens.clamp(min=0)[None],
-        position_ids=positions[None],
+        position_ids=positions.clamp(max=cache.last_position)[None],
         past_key_values=cache,
         use_cache=True,
         step=step,

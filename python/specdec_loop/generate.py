@@ -53,7 +53,9 @@ def generate(
     """Decode with speculation; the output law stays the target's own (with every method but `typical`).
 
     Each round the target runs one forward of shape [1, N] over the draft trees of all requests in flight. A finished
-    request leaves the batch. A request's tokens depend on its prompt, seed and parameters, not on its neighbours.
+    request leaves the batch. A request's draws and decisions depend on its prompt, seed and parameters, not on its
+    neighbours; its logits do as far as the model's own arithmetic does (a matrix product may round differently in a
+    larger batch, and rotary tables that depend on the longest request follow it).
 
     Args:
         target: a Hugging Face causal LM whose attention goes through AttentionInterface.
@@ -72,7 +74,7 @@ def generate(
         stopping_criteria: callables of Hugging Face's signature, asked after every token with that request's [1, n]
             ids and None for the scores.
         token_callback: called every round with a request's index and its new tokens.
-        backend: force a backend of specdec_kernels for every op that takes one.
+        backend: force a backend of specdec_kernels for verification, heads and compaction; attention uses what serves.
 
     Raises:
         TypeError, ValueError: an argument that does not fit; names it, what came and what was expected.
@@ -89,10 +91,10 @@ def generate(
 
     active = limits.begin(requests)
     # A request's last root stands at prompt + new - 2 at most, and its draft behind that.
-    length = max((len(request.prompt) for request in active), default=0) + max_new_tokens + drafter.max_nodes(plan)
-    cache = attend.SlotCache(len(active), length)
+    room = max((len(request.prompt) for request in active), default=0) + max_new_tokens
+    cache = attend.SlotCache(len(active), room + drafter.max_nodes(plan), last_position=room - 2)
     stats = Statistics(drafter_bytes=drafter.bytes_read(), target_bytes=parameter_bytes(target))
-    with attend.attending(target), drafter.session(active, length, plan, stats):
+    with attend.attending(target), drafter.session(active, room, plan, stats):
         with stats.phase("prefill", device):
             attend.prefill(target, cache, [request.prompt for request in active], logits_to_keep=1)
             drafter.prefill()
@@ -177,6 +179,8 @@ def _plan(drafter: Drafter, draft_length: int, tree: Tree | None, method: str | 
         raise ValueError(f"method: 'greedy' decodes at temperature 0, got params.temperature={params.temperature}")
     if not isinstance(draft_length, int) or draft_length < 1:
         raise ValueError(f"draft_length: expected an int >= 1, got {draft_length!r}")
+    if tree is not None:
+        tree.check()
     return Plan(draft_length, tree, method, backend)
 
 
@@ -189,7 +193,9 @@ def _checked(params: SamplingParams, max_new_tokens: int, batch: int, device: to
     for name, value in zip(params._fields, params, strict=True):
         if isinstance(value, Tensor) and value.shape != (batch,):
             raise ValueError(f"params.{name}: expected a number or shape [{batch}], got {list(value.shape)}")
-    return SamplingParams(*(value.to(device) if isinstance(value, Tensor) else value for value in params))
+    return SamplingParams(
+        *(value.to(device, torch.float32) if isinstance(value, Tensor) else value for value in params)
+    )
 
 
 def _fill(pad_token_id: int | None, target: PreTrainedModel, eos: frozenset[int]) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -96,7 +97,11 @@ def make_requests(input_ids, attention_mask: Tensor | None, seeds, device: torch
     else:
         if attention_mask is not None:
             raise ValueError("attention_mask: expected None beside a sequence of ragged prompts")
-        rows = [torch.as_tensor(prompt, dtype=torch.int64) for prompt in input_ids]
+        rows = [torch.as_tensor(prompt) for prompt in input_ids]
+        for index, row in enumerate(rows):
+            if row.is_floating_point() and row.numel():
+                raise TypeError(f"input_ids: expected integers in prompt {index}, got {row.dtype}")
+        rows = [row.to(torch.int64) for row in rows]
         prompts = rows
     for index, prompt in enumerate(prompts):
         if prompt.ndim != 1 or len(prompt) < 1:
@@ -131,12 +136,13 @@ def _seeds(seeds, batch: int) -> list[int]:
     """One 64-bit seed for each request: given, counted up from one number, or drawn from torch's generator."""
     if seeds is None:
         return torch.randint(-(2**63), 2**63 - 1, (batch,)).tolist()
-    if isinstance(seeds, int):
-        return [seeds + index for index in range(batch)]
-    keys = [int(seed) for seed in seeds]
+    if isinstance(seeds, Integral):
+        keys = [int(seeds) + index for index in range(batch)]
+    else:
+        keys = [int(seed) for seed in seeds]
     if len(keys) != batch:
         raise ValueError(f"seeds: expected an int or one for each of {batch} requests, got {len(keys)}")
-    return keys
+    return [(key + 2**63) % 2**64 - 2**63 for key in keys]  # any integer, as the signed 64 bits that tensors hold
 
 
 def eos_ids(eos_token_id, generation_config) -> frozenset[int]:
@@ -169,4 +175,6 @@ def rows_of(params: SamplingParams, requests: list[Request]) -> SamplingParams:
 def pad(requests: Iterable[Request], pad_token_id: int) -> Tensor:
     """[B, longest] int64: each request's row and its new tokens, padded on the right."""
     rows = [torch.cat([request.shown, request.shown.new_tensor(request.tokens)]) for request in requests]
+    if not rows:
+        return torch.empty(0, 0, dtype=torch.int64)
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad_token_id)

@@ -25,6 +25,14 @@ class Tree(NamedTuple):
     width: int = 8  # nodes of a ranked tree that are expanded at each level, and children considered of each
     branching: tuple[int, ...] = (4, 2, 1, 1, 1)  # children of every node of a level, where siblings are drawn
 
+    def check(self) -> None:
+        """Raise ValueError where a number does not fit."""
+        for name, least in (("nodes", 2), ("depth", 1), ("width", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"tree.{name}: expected >= {least}, got {getattr(self, name)}")
+        if not self.branching or min(self.branching) < 1:
+            raise ValueError(f"tree.branching: expected one or more numbers >= 1, got {self.branching}")
+
 
 class Plan(NamedTuple):
     """What holds for a whole call of the loop."""
@@ -60,8 +68,8 @@ class Drafter(ABC):
         return 0
 
     @contextmanager
-    def session(self, requests: list[Request], length: int, plan: Plan, statistics: Statistics) -> Iterator[None]:
-        """Hold a call's state inside the block; `length` bounds the slots of a request, draft included."""
+    def session(self, requests: list[Request], room: int, plan: Plan, statistics: Statistics) -> Iterator[None]:
+        """Hold a call's state inside the block; `room` is the most tokens of a request, prompt and new ones."""
         yield
 
     @abstractmethod

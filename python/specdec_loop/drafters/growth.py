@@ -54,7 +54,7 @@ def grow_chain(
             # The root's position and the node's number: no two draws of a request ever share their noise.
             step = head.sample(hidden, 1, rng._replace(row=torch.full_like(roots, depth)), temperature)
             logits.append(step.all_logits)
-        going = [on and more for on, more in zip(going, policy.proceed(depth, step), strict=True)]
+        going = [on and more for on, more in zip(going, policy.proceed(depth, step.entropy), strict=True)]
         if not any(going):
             break
         tokens.append(step.tokens[:, 0])
@@ -144,6 +144,7 @@ def _draw(head: Head, hidden: Tensor, level: Level, method: str, rng: Philox, te
     # greedy_multi (2502.18779): the top k-1, then one draw of the rest. Of k draws without replacement at least one is
     # not among the top k-1, and the first such is a draw of q outside them.
     top = head.topk(hidden, k - 1).tokens
+    top = torch.nn.functional.pad(top, (0, k - 1 - top.shape[1]), value=-1)  # a trimmed head may have fewer rows
     outside = (step.tokens[:, :, None] != top[:, None, :]).all(2)
     rest = step.tokens.gather(1, outside.int().argmax(1, keepdim=True))
     return torch.cat([top, rest], 1), step.all_logits

@@ -12,8 +12,9 @@ from specdec_kernels import HeadSample, HeadTopK, Philox, head_sample, head_topk
 class Head:
     """The output embedding of a model, or some of its rows.
 
-    The weight stays where it is: a trimmed head gathers `rows` of it, so a tied embedding is not copied. A scale or cap
-    that a model puts on its logits is left out: q is what is drawn from, so the output law does not depend on it.
+    The weight stays where it is: a trimmed head gathers `rows` of it, so a tied embedding is not copied. A scale that
+    the model puts on its logits (Cohere, Granite) is applied; a soft cap (Gemma 2) is not. The output law does not
+    depend on either, because q is what is drawn from, but the acceptance does.
     """
 
     def __init__(self, model: PreTrainedModel, rows: Tensor | None):
@@ -22,6 +23,10 @@ class Head:
             raise ValueError(f"model: expected one with an LM head, got {type(model).__name__}")
         self.weight, self.bias = layer.weight, getattr(layer, "bias", None)
         size = self.weight.shape[0]
+        config = model.config.get_text_config()
+        factor = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
+        # One number for each row, which is the form in which the head ops take a scale.
+        self.scale = None if factor == 1.0 else torch.full((size,), factor, device=self.weight.device)
         if rows is not None:
             rows = torch.as_tensor(rows, device=self.weight.device).to(torch.int32)
             inside = len(rows) and int(rows.min()) >= 0 and int(rows.max()) < size
@@ -45,6 +50,7 @@ class Head:
             min(k, self.size),
             rows=self.rows,
             bias=self.bias,
+            scale=self.scale,
             return_logits=return_logits,
             backend=self.backend,
         )
@@ -58,6 +64,7 @@ class Head:
             rng=rng,
             rows=self.rows,
             bias=self.bias,
+            scale=self.scale,
             temperature=temperature,
             return_logits=True,
             backend=self.backend,

@@ -71,10 +71,10 @@ class ModelDrafter(Drafter):
         return parameter_bytes(self.model) - self.head.bytes_omitted
 
     @contextmanager
-    def session(self, requests: list[Request], length: int, plan: Plan, statistics: Statistics) -> Iterator[None]:
+    def session(self, requests: list[Request], room: int, plan: Plan, statistics: Statistics) -> Iterator[None]:
         """See Drafter."""
         self.requests, self.plan, self.statistics = list(requests), plan, statistics
-        self.cache = attend.SlotCache(len(requests), length)
+        self.cache = attend.SlotCache(len(requests), room + self.max_nodes(plan), last_position=room - 2)
         self.cached = [request.prefix_len for request in requests]
         self.head.backend = plan.backend
         self.policy.start(len(requests), plan.draft_length)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from specdec_kernels import HeadSample, HeadTopK
+from torch import Tensor
 
 from .base import Policy
 
@@ -38,11 +38,11 @@ class AdaEDL(Policy):
         self.thresholds = [self.initial] * rows
         self.rates = [self.aim] * rows
 
-    def proceed(self, depth: int, step: HeadTopK | HeadSample) -> list[bool]:
+    def proceed(self, depth: int, entropy: Tensor) -> list[bool]:
         """See Policy."""
         if depth == 0:
             return [True] * len(self.thresholds)
-        bounds = (1 - (self.gamma * step.entropy).sqrt()).tolist()
+        bounds = (1 - (self.gamma * entropy).sqrt()).tolist()
         return [bound >= threshold for bound, threshold in zip(bounds, self.thresholds, strict=True)]
 
     def update(self, drafted: list[int], accepted: list[int]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from specdec_kernels import HeadSample, HeadTopK
+from torch import Tensor
 
 
 class Policy:
@@ -11,9 +11,15 @@ class Policy:
     def start(self, rows: int, draft_length: int) -> None:
         """A call with `rows` requests and at most `draft_length` drafts in a chain begins."""
 
-    def proceed(self, depth: int, step: HeadTopK | HeadSample) -> list[bool]:
-        """For each request whether to keep the draft at this depth, 0 for the first, that the head just proposed."""
-        return [True] * len(step.tokens)
+    def proceed(self, depth: int, entropy: Tensor) -> list[bool]:
+        """For each request whether it drafts at this depth, 0 for the first.
+
+        Args:
+            depth: drafts before this one.
+            entropy: [B] fp32, nats, of the distribution from which it would be drawn. Not the draft itself: a chain
+                that ends because of the token that was drawn changes the output's law.
+        """
+        return [True] * len(entropy)
 
     def update(self, drafted: list[int], accepted: list[int]) -> None:
         """What a round drafted and how much of it was accepted."""
