@@ -12,6 +12,8 @@ from .attention import tree_attention
 from .backends import BackendError
 from .head import head_sample, head_topk
 from .kv import compact_kv_
+from .kv_scores import caote_scores, keydiff_scores
+from .optimum import optimal_acceptance
 from .types import DraftTree, HeadSample, HeadTopK, Philox, SamplingParams, Verified
 from .verify import verify_chain, verify_tree
 
@@ -26,9 +28,12 @@ __all__ = [
     "SamplingParams",
     "Verified",
     "backends",
+    "caote_scores",
     "compact_kv_",
     "head_sample",
     "head_topk",
+    "keydiff_scores",
+    "optimal_acceptance",
     "tree_attention",
     "trees",
     "verify_chain",

@@ -10,17 +10,13 @@ from .checks import (
     DEBUG,
     FLOATS,
     INT32,
-    INT64,
-    REFERENCE_FLOATS,
     check_choice,
-    check_draft_vocab,
     check_int,
     check_tensor,
-    check_values,
 )
 from .reference import verify as reference
-from .tree_checks import check_cu_nodes, check_tree_values
 from .types import DraftTree, Philox, SamplingParams, Verified
+from .verify_args import check_arguments, check_values_of
 
 CHAIN_METHODS = ("token", "block", "greedy", "typical")
 TREE_METHODS = (
@@ -34,8 +30,6 @@ TREE_METHODS = (
     "traversal",
     "traversal_iid",
 )
-_OFF = (1.0, 0.0, 1.0, 0.0)  # temperature, top_k, top_p, min_p that change nothing
-_NEEDS_DRAFT_LOGITS = ("k_seq", "greedy_multi")
 _TAKES_COUNTS = ("multi_round", "k_seq")
 
 # What both ops end with: `params` [B, 4] fp32 holds temperature, top_k, top_p, min_p of each request and, where it is
@@ -109,125 +103,6 @@ backends.serves("verify_chain", "cpu", _native_limit)
 backends.serves("verify_chain", "triton", _native_limit)
 
 
-def _sampling(params: SamplingParams, name: str, sizes: dict[str, int], device) -> tuple:
-    """(params [B, 4] or None, the four numbers, allowed, whether a filter is on) of checked SamplingParams."""
-    if not isinstance(params, SamplingParams):
-        raise TypeError(f"{name}: expected SamplingParams, got {type(params).__name__}")
-    limits = {"temperature": (0.0, None), "top_k": (0, None), "top_p": (0.0, 1.0), "min_p": (0.0, 1.0)}
-    numbers, columns, per_request = [], [], False
-    filters = False
-    for (field, (low, high)), off in zip(limits.items(), _OFF, strict=True):
-        value = getattr(params, field)
-        label = f"{name}.{field}"
-        if isinstance(value, Tensor):
-            check_tensor(label, value, sizes, "B", (torch.float32, torch.float64, torch.int32, torch.int64), device)
-            if DEBUG:
-                ok = (value >= low) & (value <= high if high is not None else value.isfinite())
-                check_values(label, ok, value, f">= {low}" if high is None else f"in [{low}, {high}]")
-            per_request, filters = True, filters or field != "temperature"
-            numbers.append(off)
-        else:
-            value = off if value is None else value
-            if not isinstance(value, (int, float)) or isinstance(value, bool):
-                raise TypeError(f"{label}: expected a number, a [B] tensor or None, got {type(value).__name__}")
-            if not low <= value <= (float("inf") if high is None else high) or value == float("inf"):
-                raise ValueError(
-                    f"{label}: expected {f'>= {low}' if high is None else f'in [{low}, {high}]'}, got {value}"
-                )
-            numbers.append(float(value))
-            filters = filters or (field != "temperature" and value != off)
-        columns.append(value)
-    packed = None
-    if per_request:
-        packed = torch.empty(sizes["B"], 4, dtype=torch.float32, device=device)
-        for i, value in enumerate(columns):
-            packed[:, i] = value
-    return packed, numbers, params.allowed, filters
-
-
-def _arguments(
-    tree, prefix, target_logits, draft_logits, draft_vocab, method, params, draft_params, rng, accept, final, logprobs
-):
-    """Check everything the two ops share; returns the tail of the op's arguments and the facts for the backends."""
-    sizes: dict[str, int] = {}
-    device = target_logits.device if isinstance(target_logits, Tensor) else None
-    check_tensor("target_logits", target_logits, sizes, "N V", REFERENCE_FLOATS)
-    if sizes["V"] < 1:
-        raise ValueError(f"target_logits: expected V >= 1, got {list(target_logits.shape)}")
-    check_tensor(f"{prefix}tokens", tree.tokens, sizes, "N", INT32, device)
-    check_tensor(f"{prefix}cu_nodes", tree.cu_nodes, sizes, "B+1", INT32, device)
-    if sizes["B+1"] < 1:
-        raise ValueError(f"{prefix}cu_nodes: expected shape [B+1] with B >= 0, got [0]")
-    sizes["B"] = sizes["B+1"] - 1
-    if draft_logits is not None:
-        check_tensor(
-            "draft_logits", draft_logits, sizes, "N V" if draft_vocab is None else "N R", REFERENCE_FLOATS, device
-        )
-    elif method in _NEEDS_DRAFT_LOGITS:
-        raise ValueError(f"draft_logits: method {method!r} needs the distribution of the draws, got None")
-    if draft_vocab is not None:
-        if draft_logits is None:
-            raise ValueError("draft_vocab: expected draft_logits [N, R] beside it, got draft_logits=None")
-        check_tensor("draft_vocab", draft_vocab, sizes, "R", INT32, device)
-    packed, numbers, allowed, filters = _sampling(params, "params", sizes, device)
-    if draft_params is None:
-        draft_packed, draft_numbers, draft_allowed = packed, [numbers[0], *_OFF[1:]], None
-        if packed is not None:
-            draft_packed = _only_temperature(packed)
-    else:
-        draft_packed, draft_numbers, draft_allowed, draft_filters = _sampling(
-            draft_params, "draft_params", sizes, device
-        )
-        filters = filters or draft_filters
-    sizes["W"] = (sizes["V"] + 31) // 32
-    for name, mask in (("params.allowed", allowed), ("draft_params.allowed", draft_allowed)):
-        if mask is not None:
-            check_tensor(name, mask, sizes, "N W", INT32, device)
-    seed = offset = None
-    if rng is not None:
-        if not isinstance(rng, Philox):
-            raise TypeError(f"rng: expected a Philox, got {type(rng).__name__}")
-        check_tensor("rng.seed", rng.seed, sizes, "B", INT64, device)
-        check_tensor("rng.offset", rng.offset, sizes, "B", INT64, device)
-        seed, offset = rng.seed, rng.offset
-    for name, value, shape in (("accept_uniforms", accept, "N"), ("final_uniforms", final, "B")):
-        if value is not None:
-            check_tensor(name, value, sizes, shape, (torch.float32,), device)
-        elif rng is None and method != "greedy" and (name, method) != ("accept_uniforms", "typical"):
-            raise ValueError(f"{name}: method {method!r} needs rng or {name}, got neither")
-    if tree.counts is not None and rng is None:
-        raise ValueError("rng: merged draws (tree.counts) are tried in a random order that only rng gives, got None")
-    facts = {"method": method, "dtype": target_logits.dtype, "filters": filters}
-    if draft_logits is not None and target_logits.dtype in FLOATS:
-        facts["dtype"] = draft_logits.dtype
-    tail = (packed, numbers, allowed, draft_packed, draft_numbers, draft_allowed, seed, offset, accept, final, logprobs)
-    return tail, facts
-
-
-def _only_temperature(packed: Tensor) -> Tensor:
-    """The default of the draft's parameters: the target's temperature, no filters."""
-    draft = packed.clone()
-    for column, off in enumerate(_OFF[1:], start=1):
-        draft[:, column] = off
-    return draft
-
-
-def _debug_checks(tree: DraftTree, prefix: str, vocabulary: int, draft_vocab, accept, final) -> None:
-    """Checks that read device memory (SPECDEC_DEBUG=1); a tree without parents is a chain."""
-    if tree.parents is None:
-        check_cu_nodes("cu_nodes", tree.cu_nodes, len(tree.tokens), tree.max_nodes)
-    else:
-        check_tree_values(tree)
-    fine = (tree.tokens >= -1) & (tree.tokens < vocabulary)
-    fine[tree.cu_nodes[:-1].long()] = True  # roots are never looked at
-    check_values(f"{prefix}tokens", fine, tree.tokens, f"ids in 0..{vocabulary - 1}, or -1 for no draft")
-    if draft_vocab is not None:
-        check_draft_vocab(draft_vocab, vocabulary)
-    for name, value in (("accept_uniforms", accept), ("final_uniforms", final)):
-        if value is not None:
-            check_values(name, (value >= 0) & (value < 1), value, "numbers in [0, 1)")
-
-
 def _wrap(results, logprobs: bool) -> Verified:
     tokens, nodes, num_tokens, values = results
     return Verified(tokens, nodes, num_tokens, values if logprobs else None)
@@ -286,12 +161,12 @@ def verify_chain(
     check_choice("method", method, CHAIN_METHODS)
     check_int("max_depth", max_depth, 0)
     chain = DraftTree(tokens, None, cu_nodes, max_depth + 1, max_depth)
-    tail, facts = _arguments(
+    tail, facts = check_arguments(
         chain, "", target_logits, draft_logits, draft_vocab, method, params, draft_params, rng,
         accept_uniforms, final_uniforms, logprobs,
     )  # fmt: skip
     if DEBUG:
-        _debug_checks(chain, "", target_logits.shape[1], draft_vocab, accept_uniforms, final_uniforms)
+        check_values_of(chain, "", target_logits.shape[1], draft_vocab, accept_uniforms, final_uniforms)
     op = library.overload("verify_chain", backends.select("verify_chain", tokens.device.type, backend, **facts))
     return _wrap(op(tokens, cu_nodes, target_logits, draft_logits, draft_vocab, max_depth, method, *tail), logprobs)
 
@@ -352,7 +227,7 @@ def verify_tree(
         raise TypeError(f"tree: expected a DraftTree, got {type(tree).__name__}")
     check_int("tree.max_nodes", tree.max_nodes, 1)
     check_int("tree.max_depth", tree.max_depth, 0)
-    tail, facts = _arguments(
+    tail, facts = check_arguments(
         tree, "tree.", target_logits, draft_logits, draft_vocab, method, params, draft_params, rng,
         accept_uniforms, final_uniforms, logprobs,
     )  # fmt: skip
@@ -363,7 +238,7 @@ def verify_tree(
             raise ValueError(f"tree.counts: expected None with method {method!r}, which takes draws one node each")
         check_tensor("tree.counts", tree.counts, sizes, "N", INT32, target_logits.device)
     if DEBUG:
-        _debug_checks(tree, "tree.", target_logits.shape[1], draft_vocab, accept_uniforms, final_uniforms)
+        check_values_of(tree, "tree.", target_logits.shape[1], draft_vocab, accept_uniforms, final_uniforms)
     op = library.overload("verify_tree", backends.select("verify_tree", tree.tokens.device.type, backend, **facts))
     results = op(
         tree.tokens, tree.parents, tree.cu_nodes, tree.counts, target_logits, draft_logits, draft_vocab,
