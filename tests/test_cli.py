@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 
 import pytest
 import torch
@@ -56,6 +57,17 @@ def test_generate_prints_the_same_tokens_for_all_methods(folders, capsys, tmp_pa
     assert "def f(x):" in out and "[b]" in out
     assert out.count("yes") == 5 and "1.00x" in out
     assert (tmp_path / "new" / "p.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_tokenizer_may_stand_above_its_checkpoints(folders, capsys, tmp_path):
+    for name in ("target", "drafter"):
+        (tmp_path / name).mkdir()
+        for file in ("config.json", "model.safetensors"):
+            shutil.copy(folders / name / file, tmp_path / name)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(folders / "target" / file, tmp_path)
+    assert run(tmp_path, "--prompt", "def", "--max-new-tokens", "4", "--methods", "autoregressive,chain") == 0
+    assert capsys.readouterr().out.count("yes") == 2
 
 
 def test_generate_sampled_with_a_trimmed_head(folders, capsys, tmp_path):

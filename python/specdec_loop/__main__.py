@@ -125,7 +125,9 @@ def _load(folder: str, arguments: argparse.Namespace):
     dtype = getattr(torch, arguments.dtype)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True).to(arguments.device).eval()
     pack_linears_(model)
-    return model, AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    # Checkpoints of one tokenizer may share it in the folder above, as the shipped pair does.
+    own = (Path(folder) / "tokenizer_config.json").exists()
+    return model, AutoTokenizer.from_pretrained(folder if own else Path(folder).resolve().parent, local_files_only=True)
 
 
 def main(argv: list[str] | None = None) -> int:
