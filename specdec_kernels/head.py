@@ -170,15 +170,16 @@ def head_sample(
 
     Gumbel-Top-k (Kool et al., arXiv 1903.06059): the k largest of logits / temperature + noise, where the noise of a
     token depends on (rng.seed, rng.offset, rng.row, target id) alone, so a draw is the same whatever the batch, the
-    order of the rows, the backend or the number of threads. The first draw is a draw of the softmax; the k draws have
-    the Plackett-Luce law that `without_replacement` and `traversal` verification expect.
+    order of the rows or the number of threads, and on every backend up to the rounding of its logits. The first draw
+    is a draw of the softmax; the k draws have the Plackett-Luce law that `without_replacement` and `traversal`
+    verification expect.
 
     Args:
         hidden, weight, k, rows, token_ids, bias, scale, return_logits, backend: as for `head_topk`.
         rng: random stream of each request: seed [B] int64, offset [B] int64 (absolute position), row [B] int32
             (several draws at one position, e.g. nodes of a tree; default 0).
         temperature: >= 0, a number or [B] fp32. At 0 the draws are the k best tokens, and lse and entropy are those
-            of temperature 1.
+            of temperature 1. Below about 1e-12 equal logits are drawn in ascending order of their ids.
 
     Returns:
         HeadSample; padded, and NaN handled, as by `head_topk`.

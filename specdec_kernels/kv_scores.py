@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from .checks import REFERENCE_FLOATS, check_tensor
@@ -48,7 +49,9 @@ def caote_scores(attention: Tensor, values: Tensor, *, fast: bool = False) -> Te
     weights = attention if attention.element_size() == 8 else attention.float()
     v = values.to(weights.dtype)
     output = v.mean(2, keepdim=True) if fast else (weights[..., None] * v).sum(2, keepdim=True)
-    return weights / (1 - weights) * (output - v).norm(dim=-1)
+    left = 1 - weights
+    # Rounding may leave a weight of 1 or a little more: nothing but that entry matters.
+    return torch.where(left > 0, weights / left * (output - v).norm(dim=-1), torch.inf)
 
 
 def _unit(x: Tensor) -> Tensor:

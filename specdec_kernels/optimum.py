@@ -10,7 +10,7 @@ from torch import Tensor
 from .checks import check_int
 
 _DOUBLES = (torch.float32, torch.float64)
-_LARGEST_EXACT_SEARCH = 16
+_LARGEST_EXACT_SEARCH = 8
 
 
 def optimal_acceptance(p: Tensor, q: Tensor, k: int, *, replacement: bool = True) -> Tensor:
@@ -18,7 +18,7 @@ def optimal_acceptance(p: Tensor, q: Tensor, k: int, *, replacement: bool = True
 
     `alpha* = 1 + min over sets H of [p(H) - Pr(all drafts lie in H)]`. For i.i.d. drafts that probability is q(H)^k and
     the minimum is reached by a prefix of the tokens in descending order of q/p: O(V log V). Without replacement it is
-    the Plackett-Luce probability, for which the prefixes are not enough, so every set is tried and V is at most 16.
+    the Plackett-Luce probability, for which the prefixes are not enough, so every set is tried and V is at most 8.
 
     Args:
         p: [..., V] fp32 or fp64, target distributions.

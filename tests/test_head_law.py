@@ -88,3 +88,27 @@ def test_the_test_sees_mistakes(mistake):
         tokens = torch.stack([tokens[:, 0], tokens[:, 0].roll(1)], 1)
     with pytest.raises(AssertionError):
         check_pairs(law, tokens)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("temperature", [1e-4, 1e-6, 1e-8])
+def test_equal_logits_are_drawn_equally_at_any_temperature(backend, temperature):
+    """Near temperature 0 a quotient of two equal large logits must not swallow the noise that decides between them."""
+    draws = 4000
+    rng = sk.Philox(torch.arange(draws), torch.zeros(draws, dtype=torch.int64))
+    hidden, weight = torch.full((draws, 1), 20.0), torch.tensor([[1.0], [0.5], [1.0], [-1.0]])
+    found = sk.head_sample(hidden, weight, 2, rng=rng, temperature=temperature, backend=backend)
+    assert set(found.tokens[:, 0].tolist()) == {0, 2} == set(found.tokens[:, 1].tolist())
+    share = float((found.tokens[:, 0] == 0).double().mean())
+    assert abs(share - 0.5) < 3.9 * 0.5 / draws**0.5  # two-sided 1e-4
+    assert torch.allclose(found.entropy, torch.tensor(2.0).log().expand(draws), atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("temperature", [1e-30, 1e-38, 1e-42])
+def test_the_smallest_temperatures_draw_the_largest_logit(backend, temperature):
+    rng = sk.Philox(torch.arange(50), torch.zeros(50, dtype=torch.int64))
+    hidden, weight = torch.full((50, 1), -20.0), torch.tensor([[1.0], [0.5], [-1.5], [-1.0]])
+    found = sk.head_sample(hidden, weight, 3, rng=rng, temperature=temperature, backend=backend)
+    assert found.tokens.unique(dim=0).tolist() == [[2, 3, 1]]
+    assert found.entropy.abs().max() < 1e-6

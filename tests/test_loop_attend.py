@@ -70,7 +70,7 @@ def test_tree_logits_equal_path_logits(model):
         [[[1, 2, 3], [1, 2, 4], [5, 6, 7, 8]], [[9]], [[i, i + 1] for i in range(20)]], [int(p[-1]) for p in prompts]
     )
     prefix_lens = torch.tensor([len(prompt) - 1 for prompt in prompts], dtype=torch.int32)
-    cache = attend.SlotCache(3, 70, 69)
+    cache = attend.SlotCache(70, torch.full((3,), 69))
     with attend.attending(model):
         attend.prefill(model, cache, prompts)
         positions, step = attend.tree_step(tree, prefix_lens)
@@ -119,7 +119,7 @@ def test_only_some_nodes_run(model):
     results = []
     with torch.no_grad(), attend.attending(model):
         for parts in ([None], [torch.tensor([0]), torch.tensor([1, 4]), torch.tensor([2, 3, 5])]):
-            cache = attend.SlotCache(1, 20, 19)
+            cache = attend.SlotCache(20, torch.full((1,), 19))
             attend.prefill(model, cache, [prompt])
             logits = torch.empty(6, 61)
             for nodes in parts:

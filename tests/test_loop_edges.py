@@ -125,3 +125,10 @@ def test_a_policy_that_sees_the_entropy_only_is_lossless():
     )
     assert 0 < found.statistics.drafted < 4 * found.statistics.request_rounds, "the policy must stop at times"
     assert p_value(law, found.tokens, vocab) > 1e-4
+
+
+def test_no_temperature_is_temperature_one():
+    target, drafter, ids = llama(0), llama(1), prompts(4, vocab=97)
+    options = {"max_new_tokens": 6, "seeds": 0, "eos_token_id": ()}
+    found = [generate(target, drafter, ids, params=SamplingParams(t), **options).tokens for t in (None, 1.0)]
+    assert found[0] == found[1]

@@ -270,6 +270,12 @@ def test_residuals_need_two_numbers(replacement, w):
     assert checked > 50
 
 
+def test_caote_of_an_entry_with_all_the_weight():
+    values = torch.randn(1, 1, 3, 4, generator=torch.Generator().manual_seed(1))
+    assert caote_scores(torch.tensor([[[1.0, 0.0, 0.0]]]), values)[0, 0].tolist() == [torch.inf, 0.0, 0.0]
+    assert caote_scores(torch.ones(1, 1, 1), values[:, :, :1], fast=True).tolist() == [[[torch.inf]]]
+
+
 def test_keydiff_ignores_the_scale_of_keys_and_caote_is_the_eviction_error():
     generator = torch.Generator().manual_seed(0)
     keys = torch.randn(2, 3, 17, 8, dtype=torch.float64, generator=generator)

@@ -86,8 +86,12 @@ struct Best {
   int32_t* found;
   int k;
 
-  // What a key must reach to matter.
-  float threshold() const { return *found < k ? -kInf : list[k - 1].key; }
+  // What an fp32 key must reach to matter: below the k-th key by more than its own rounding.
+  float threshold() const {
+    if (*found < k) return -kInf;
+    const double key = list[k - 1].key;
+    return static_cast<float>(key - __builtin_fabs(key) * 0x1p-20 - 0x1p-20);
+  }
 
   void insert(const HeadCandidate& candidate) {
     if (*found == k && !before(candidate, list[k - 1])) return;
@@ -136,18 +140,15 @@ bool finish_logits(const HeadArgs& args, const Block& block, float* logits, floa
 
 HeadSums sum_block(const float* logits, int size, float most, float temperature) {
   if (most == -kInf) return {most, 0.0f, 0.0f};
-  // Division is monotone, so the largest quotient is the quotient of the largest.
-  const float scaled_most = most / temperature;
   Vec sum = set1(0.0f), weighted = set1(0.0f);
   for (int i = 0; i < size; i += kWidth) {
-    const Vec scaled = div(load(logits + i), set1(temperature));
     // e^-105 is 0 in fp32, and so is the product: a logit of -inf adds nothing instead of 0 * inf.
-    const Vec d = max(set1(-105.0f), sub(scaled, set1(scaled_most)));
+    const Vec d = max(set1(-105.0f), div(sub(load(logits + i), set1(most)), set1(temperature)));
     const Vec e = exp(d);
     sum = add(sum, e);
     weighted = fma(e, d, weighted);
   }
-  return {scaled_most, reduce_add(sum), reduce_add(weighted)};
+  return {most, reduce_add(sum), reduce_add(weighted)};
 }
 
 // Offers what could be among the k best. `temperature` 0 draws nothing.
@@ -159,23 +160,24 @@ void offer(const HeadArgs& args, const Block& block, int64_t b, const float* log
   const StreamKey stream = draws ? stream_of(args, b) : StreamKey{};
   for (int i = 0; i < block.size; i += kWidth) {
     const Vec l = load(logits + i);
-    Vec keys = l;
+    Vec noise = set1(0.0f);
     Mask hopeful = both(gt(l, set1(-kInf)), ge(l, set1(best.threshold())));
     if (draws) {
       const Vec scaled = div(l, set1(temperature));
       // Noise is bounded, so most logits need none.
       hopeful = both(gt(l, set1(-kInf)), ge(add(scaled, set1(kMostNoise)), set1(best.threshold())));
       if (!any(hopeful)) continue;
-      keys = add(scaled, gumbels(stream, iload(block.id + i)));
-      hopeful = both(hopeful, ge(keys, set1(best.threshold())));
+      noise = gumbels(stream, iload(block.id + i));
+      hopeful = both(hopeful, ge(add(scaled, noise), set1(best.threshold())));
     }
     uint32_t lanes = bits(hopeful);
     if (lanes == 0) continue;
-    float key[kWidth];
-    store(key, keys);
+    float added[kWidth];
+    store(added, noise);
     for (; lanes != 0; lanes &= lanes - 1) {
       const int lane = __builtin_ctz(lanes);
-      best.insert({key[lane], logits[i + lane], block.id[i + lane]});
+      const double logit = logits[i + lane];
+      best.insert({draws ? logit / temperature + added[lane] : logit, logits[i + lane], block.id[i + lane]});
     }
   }
 }
@@ -260,17 +262,19 @@ void scan(const HeadArgs& args, int64_t task, int64_t first_block, int64_t last_
 
 void finish(const HeadArgs& args, int64_t b) {
   const HeadSums* sums = args.sums + b * args.blocks;
+  const float given = temperature_of(args, b);
+  const double temperature = given > 0.0f ? given : 1.0;
   double most = -__builtin_inf(), sum = 0.0, weighted = 0.0;
   for (int64_t i = 0; i < args.blocks; ++i)
     if (sums[i].max > most) most = sums[i].max;
   for (int64_t i = 0; i < args.blocks; ++i) {
     if (sums[i].sum == 0.0f) continue;
-    const double shift = sums[i].max - most, factor = __builtin_exp(shift);
+    const double shift = (sums[i].max - most) / temperature, factor = __builtin_exp(shift);
     sum += factor * sums[i].sum;
     weighted += factor * (sums[i].weighted + shift * sums[i].sum);
   }
   const bool broken = !(sum >= 0.0);
-  args.lse[b] = static_cast<float>(sum == 0.0 ? -__builtin_inf() : most + __builtin_log(sum));
+  args.lse[b] = static_cast<float>(sum == 0.0 ? -__builtin_inf() : most / temperature + __builtin_log(sum));
   args.entropy[b] = static_cast<float>(sum == 0.0 ? 0.0 : __builtin_log(sum) - weighted / sum);
 
   HeadCandidate list[kHeadMostK];

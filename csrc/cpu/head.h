@@ -10,15 +10,16 @@ namespace specdec {
 constexpr int64_t kHeadBlock = 256;  // rows whose statistics are one partial result
 constexpr int kHeadMostK = 64;
 
-// Of one request and one block of rows: the largest scaled logit, and sums of e^d and d e^d over d = logit - max.
-// A block of nothing but -inf has sum 0; one with NaN or +inf has sum NaN.
+// Of one request and one block of rows: the largest logit, and sums of e^d and d e^d over d = (logit - max) /
+// temperature. A block of nothing but -inf has sum 0; one with NaN or +inf has sum NaN.
 struct HeadSums {
   float max, sum, weighted;
 };
 
 // A list is kept in descending order of (key, -id). Where nothing is drawn the key is the logit.
 struct HeadCandidate {
-  float key, logit;
+  double key;  // near temperature 0 an fp32 quotient would be too coarse for the noise that is added to it
+  float logit;
   int32_t id;
 };
 

@@ -26,7 +26,7 @@ def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--drafter", help="folder of a smaller one with the same tokenizer")
     parser.add_argument("--prompt", action="append", help="text to continue; may be given several times")
     parser.add_argument("--prompt-file", type=Path, action="append", help="file whose text is continued")
-    parser.add_argument("--methods", help=f"comma-separated choice of {', '.join(KINDS)}")
+    parser.add_argument("--methods", help=f"comma-separated choice of {', '.join(KINDS)}; the first always runs")
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--draft-length", type=int, default=4, help="drafts in a chain")
     parser.add_argument("--nodes", type=int, default=32, help="nodes of a ranked tree, its root included")
@@ -89,7 +89,7 @@ def _kinds(arguments: argparse.Namespace) -> list[str]:
         raise ValueError(f"methods: expected some of {', '.join(KINDS)}, got {', '.join(unknown)}")
     if not arguments.drafter and {"chain", "tree"} & set(kinds):
         raise ValueError("drafter: expected a folder for chain and tree, got none")
-    return kinds
+    return kinds if PLAIN in kinds else [PLAIN, *kinds]
 
 
 def _method(kind: str, arguments: argparse.Namespace, drafter: Drafter | None) -> Method:
@@ -139,7 +139,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     try:
         return demo.run(arguments) if arguments.command == "demo" else run_generate(arguments)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 

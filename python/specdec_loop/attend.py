@@ -78,15 +78,15 @@ class SlotLayer(CacheLayerMixin):
 
 
 class SlotCache(Cache):
-    """A cache of `rows` requests with `length` slots each, dense, for any mix of lengths.
+    """A cache of some requests with `length` slots each, dense, for any mix of lengths.
 
-    No token at a position above `last_position` will be kept. Drafts that stand there are run at that position, so that
-    speculation never reads past a table of positions that plain decoding stays within.
+    What stands above a row's entry of `last_positions` [rows] int64 gives no token that is kept. Drafts there are run
+    at that position, so that speculation never reads past a table of positions that plain decoding stays within.
     """
 
-    def __init__(self, rows: int, length: int, last_position: int):
+    def __init__(self, length: int, last_positions: Tensor):
         super().__init__(layers=[])
-        self.rows, self.length, self.last_position = rows, length, last_position
+        self.rows, self.length, self.last_positions = len(last_positions), length, last_positions
         self.step: Step | None = None
 
     def update(self, key_states, value_states, layer_idx: int, *args, **kwargs) -> tuple[Tensor, Tensor]:
@@ -104,6 +104,7 @@ class SlotCache(Cache):
         """Copy the first `length` slots of one row to another, which keeps the rows in use dense."""
         for buffer in self.buffers(self.rows):
             buffer[destination, :, :length] = buffer[source, :, :length]
+        self.last_positions[destination] = self.last_positions[source]
 
 
 def attention(
@@ -222,7 +223,7 @@ def forward(model, cache: SlotCache, tokens: Tensor, positions: Tensor, step: St
     # A token of -1 is no draft: verification passes over it, so what stands in its place does not matter.
     return model(
         input_ids=tokens.clamp(min=0)[None],
-        position_ids=positions.clamp(max=cache.last_position)[None],
+        position_ids=torch.minimum(positions, cache.last_positions[step.rows])[None],
         past_key_values=cache,
         use_cache=True,
         step=step,

@@ -15,7 +15,7 @@ from specdec_kernels.verify import CHAIN_METHODS, TREE_METHODS
 
 from . import attend
 from .drafters import Draft, Drafter, ModelDrafter, NoDrafter, Plan, Tree
-from .requests import Limits, Request, eos_ids, make_requests, pad, random_streams, rows_of
+from .requests import Limits, Request, eos_ids, last_positions, make_requests, pad, random_streams, rows_of
 from .statistics import Statistics, parameter_bytes
 
 GREEDY = SamplingParams(temperature=0.0)
@@ -85,16 +85,16 @@ def generate(
     eos = eos_ids(eos_token_id, target.generation_config)
     limits = Limits(max_new_tokens, eos, list(stopping_criteria or ()))
     drafter = ModelDrafter(drafter) if isinstance(drafter, PreTrainedModel) else drafter or NoDrafter()
-    plan = _plan(drafter, draft_length, tree, method, params, backend)
     params = _checked(params, max_new_tokens, len(requests), device)
+    plan = _plan(drafter, draft_length, tree, method, params, backend)
     drafter.check(target, plan)
 
     active = limits.begin(requests)
     # A request's last root stands at prompt + new - 2 at most, and its draft behind that.
     room = max((len(request.prompt) for request in active), default=0) + max_new_tokens
-    cache = attend.SlotCache(len(active), room + drafter.max_nodes(plan), last_position=room - 2)
+    cache = attend.SlotCache(room + drafter.max_nodes(plan), last_positions(active, max_new_tokens, device))
     stats = Statistics(drafter_bytes=drafter.bytes_read(), target_bytes=parameter_bytes(target))
-    with attend.attending(target), drafter.session(active, room, plan, stats):
+    with attend.attending(target), drafter.session(active, max_new_tokens, plan, stats):
         with stats.phase("prefill", device):
             attend.prefill(target, cache, [request.prompt for request in active], logits_to_keep=1)
             drafter.prefill()
@@ -193,6 +193,7 @@ def _checked(params: SamplingParams, max_new_tokens: int, batch: int, device: to
     for name, value in zip(params._fields, params, strict=True):
         if isinstance(value, Tensor) and value.shape != (batch,):
             raise ValueError(f"params.{name}: expected a number or shape [{batch}], got {list(value.shape)}")
+    params = params._replace(temperature=1.0 if params.temperature is None else params.temperature)
     return SamplingParams(
         *(value.to(device, torch.float32) if isinstance(value, Tensor) else value for value in params)
     )

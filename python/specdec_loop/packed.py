@@ -15,7 +15,11 @@ _ROWS = 8
 
 
 class PackedLinear(nn.Module):
-    """The function of a CPU fp32 nn.Linear on a packed copy of its weight; the weight itself stays for head ops."""
+    """The function of a CPU fp32 nn.Linear on a packed copy of its weight.
+
+    The weight itself stays too, for head ops and tied embeddings: memory doubles, and a later change of the weight does
+    not reach the copy.
+    """
 
     def __init__(self, layer: nn.Linear):
         super().__init__()
@@ -31,14 +35,14 @@ def pack_linears_(model: nn.Module) -> bool:
     """Replace the linear layers of a CPU fp32 model, for inference only.
 
     Returns:
-        False, with the model untouched, where it is not an fp32 model on a CPU or torch was built without oneDNN.
+        Whether anything was replaced: only fp32 layers on a CPU are, and only where torch was built with oneDNN.
     """
-    weight = next(model.parameters())
-    has_ops = all(hasattr(torch.ops.mkldnn, name) for name in ("_linear_pointwise", "_reorder_linear_weight"))
-    if weight.dtype != torch.float32 or weight.device.type != "cpu" or not has_ops:
+    if not all(hasattr(torch.ops.mkldnn, name) for name in ("_linear_pointwise", "_reorder_linear_weight")):
         return False
+    found = False
     for module in list(model.modules()):
         for name, child in module.named_children():
-            if type(child) is nn.Linear:
+            if type(child) is nn.Linear and child.weight.dtype == torch.float32 and child.weight.device.type == "cpu":
                 setattr(module, name, PackedLinear(child))
-    return True
+                found = True
+    return found

@@ -162,6 +162,12 @@ def random_streams(requests: list[Request], device: torch.device) -> Philox:
     )
 
 
+def last_positions(requests: list[Request], max_new_tokens: int, device: torch.device) -> Tensor:
+    """[B] int64: the highest position of each request whose logits can give a token that is kept."""
+    ends = [max(len(request.prompt) + max_new_tokens - 2, 0) for request in requests]
+    return torch.tensor(ends, dtype=torch.int64, device=device)
+
+
 def rows_of(params: SamplingParams, requests: list[Request]) -> SamplingParams:
     """The parameters of some requests, in their order; plain numbers hold for all."""
     index = [request.index for request in requests]

@@ -33,14 +33,20 @@ def _logits(hidden: Tensor, weight: Tensor, rows: Tensor | None, bias: Tensor | 
     return torch.where(known, logits, float("-inf"))
 
 
-def _statistics(logits: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(scaled logits [B, R], lse [B], entropy [B]) at a temperature [B, 1]; 0 counts as 1."""
-    scaled = logits / torch.where(temperature > 0, temperature, 1.0).to(logits.dtype)
-    lse = torch.logsumexp(scaled, dim=1)
-    probabilities = torch.exp(scaled - lse[:, None])
+def _statistics(logits: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor]:
+    """(lse [B], entropy [B]) of logits / temperature [B, 1]; temperature 0 counts as 1."""
+    temperature = torch.where(temperature > 0, temperature, 1.0).to(logits.dtype)
+    if not logits.shape[1]:
+        return logits.new_full(logits.shape[:1], float("-inf")), logits.new_zeros(logits.shape[:1])
+    # The peak first: a quotient of large numbers would lose what tells them apart.
+    peak = logits.amax(1, keepdim=True)
+    peak = torch.where(peak > float("-inf"), peak, 0.0)
+    scaled = (logits - peak) / temperature
+    rest = torch.logsumexp(scaled, dim=1)
+    probabilities = torch.exp(scaled - rest[:, None])
     # What has no probability adds nothing: 0 * -inf is 0 here. Where nothing has any, lse is -inf and entropy 0.
-    entropy = -torch.where(probabilities > 0, probabilities * (scaled - lse[:, None]), 0.0).sum(1)
-    return scaled, lse, torch.where(lse == float("-inf"), 0.0, entropy)
+    entropy = -torch.where(probabilities > 0, probabilities * (scaled - rest[:, None]), 0.0).sum(1)
+    return (peak / temperature)[:, 0] + rest, torch.where(rest == float("-inf"), 0.0, entropy)
 
 
 def _head(hidden, weight, k, noise, rows, token_ids, bias, scale, temperature, temperatures, return_logits):
@@ -50,7 +56,7 @@ def _head(hidden, weight, k, noise, rows, token_ids, bias, scale, temperature, t
     if temperatures is None:
         temperatures = hidden.new_full((batch,), temperature, dtype=torch.float32)
     temperature = temperatures[:, None]
-    scaled, lse, entropy = _statistics(logits, temperature)
+    lse, entropy = _statistics(logits, temperature)
     # A NaN or an infinite logit leaves no distribution: the request gets NaN and no token.
     broken = ~(logits < float("inf")).all(1)
     lse, entropy = (torch.where(broken, float("nan"), value) for value in (lse, entropy))
@@ -59,7 +65,11 @@ def _head(hidden, weight, k, noise, rows, token_ids, bias, scale, temperature, t
     if ids is None:
         ids = torch.arange(count, device=hidden.device, dtype=torch.int32)
     ids = ids.expand(batch, count)
-    keys = logits if noise is None else torch.where(temperature > 0, scaled + noise(ids), logits)
+    keys = logits
+    if noise is not None:
+        # In fp64, because near temperature 0 an fp32 quotient is too coarse for the noise that is added to it.
+        warm = torch.where(temperature > 0, temperature, 1.0).double()
+        keys = torch.where(temperature > 0, logits.double() / warm + noise(ids).double(), logits.double())
     # Ties go to the lowest id: ids ascending first, then a stable sort.
     by_id = torch.argsort(ids, dim=1, stable=True)
     ranked = by_id.gather(1, torch.argsort(keys.gather(1, by_id), dim=1, descending=True, stable=True))[:, :k]

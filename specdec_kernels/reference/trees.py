@@ -52,11 +52,18 @@ def ranked(keys: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def _scaled(logits: Tensor, temperature: float | Tensor) -> tuple[Tensor, Tensor]:
-    """(logits / temperature in fp32 [M, R], whether a row is random [M, 1]); temperature 0 divides by 1."""
+    """(logits / temperature in fp32 [M, R] up to a number a row, whether a row is random [M, 1]); 0 divides by 1.
+
+    The peak is taken off first: near temperature 0 a quotient of large numbers is too coarse for the noise to come.
+    """
     if not isinstance(temperature, Tensor):
         temperature = torch.full(logits.shape[:1], temperature, dtype=torch.float32, device=logits.device)
     warm = (temperature > 0)[:, None]
-    return logits.to(torch.float32) / torch.where(warm, temperature.to(torch.float32)[:, None], 1.0), warm
+    logits = logits.to(torch.float32)
+    if logits.shape[1]:
+        peak = logits.amax(1, keepdim=True)
+        logits = logits - torch.where(peak.isfinite(), peak, 0.0)
+    return logits / torch.where(warm, temperature.to(torch.float32)[:, None], 1.0), warm
 
 
 def _noise(rng: tuple[Tensor, Tensor, Tensor], columns: int, draft_vocab: Tensor | None) -> Tensor:

@@ -68,8 +68,10 @@ class Drafter(ABC):
         return 0
 
     @contextmanager
-    def session(self, requests: list[Request], room: int, plan: Plan, statistics: Statistics) -> Iterator[None]:
-        """Hold a call's state inside the block; `room` is the most tokens of a request, prompt and new ones."""
+    def session(
+        self, requests: list[Request], max_new_tokens: int, plan: Plan, statistics: Statistics
+    ) -> Iterator[None]:
+        """Hold a call's state inside the block, for at most `max_new_tokens` of each request."""
         yield
 
     @abstractmethod

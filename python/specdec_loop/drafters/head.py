@@ -26,7 +26,9 @@ class Head:
         config = model.config.get_text_config()
         factor = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
         # One number for each row, which is the form in which the head ops take a scale.
-        self.scale = None if factor == 1.0 else torch.full((size,), factor, device=self.weight.device)
+        self.scale = (
+            None if factor == 1.0 else torch.full((size,), factor, dtype=torch.float32, device=self.weight.device)
+        )
         if rows is not None:
             rows = torch.as_tensor(rows, device=self.weight.device).to(torch.int32)
             inside = len(rows) and int(rows.min()) >= 0 and int(rows.max()) < size

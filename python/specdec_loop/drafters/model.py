@@ -14,7 +14,7 @@ from specdec_kernels.trees import branching_tree
 
 from .. import attend
 from ..policies import Fixed, Policy
-from ..requests import Request
+from ..requests import Request, last_positions
 from ..statistics import Statistics, parameter_bytes
 from .base import Draft, Drafter, Plan, chains
 from .growth import RANKED, Grown, grow_chain, grow_drawn, grow_ranked
@@ -71,10 +71,15 @@ class ModelDrafter(Drafter):
         return parameter_bytes(self.model) - self.head.bytes_omitted
 
     @contextmanager
-    def session(self, requests: list[Request], room: int, plan: Plan, statistics: Statistics) -> Iterator[None]:
+    def session(
+        self, requests: list[Request], max_new_tokens: int, plan: Plan, statistics: Statistics
+    ) -> Iterator[None]:
         """See Drafter."""
         self.requests, self.plan, self.statistics = list(requests), plan, statistics
-        self.cache = attend.SlotCache(len(requests), room + self.max_nodes(plan), last_position=room - 2)
+        room = max((len(request.prompt) for request in requests), default=0) + max_new_tokens
+        self.cache = attend.SlotCache(
+            room + self.max_nodes(plan), last_positions(requests, max_new_tokens, self.model.device)
+        )
         self.cached = [request.prefix_len for request in requests]
         self.head.backend = plan.backend
         self.policy.start(len(requests), plan.draft_length)

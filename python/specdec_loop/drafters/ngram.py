@@ -49,7 +49,9 @@ class NgramDrafter(Drafter):
         return plan.draft_length + 1 if plan.tree is None else plan.tree.nodes
 
     @contextmanager
-    def session(self, requests: list[Request], room: int, plan: Plan, statistics: Statistics) -> Iterator[None]:
+    def session(
+        self, requests: list[Request], max_new_tokens: int, plan: Plan, statistics: Statistics
+    ) -> Iterator[None]:
         """See Drafter."""
         self.requests, self.plan = list(requests), plan
         try:
