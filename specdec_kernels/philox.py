@@ -44,7 +44,7 @@ def philox(seed: Tensor, c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor) -> tupl
 
 def words(seed: Tensor, offset: Tensor, stream: int, row: Tensor, column: Tensor) -> Tensor:
     """The 32-bit word (as int64) of each `column` of a row; all arguments broadcast."""
-    column = column.to(torch.int64) & _MASK
+    column = column.to(torch.int64)
     zero = torch.zeros_like(column)
     lanes = torch.stack(
         torch.broadcast_tensors(*philox(seed, offset, zero + stream, row.to(torch.int64), column >> 2)), -1
