@@ -29,18 +29,19 @@ SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-om
 RUNTIMES = $(foreach name,libasan.so libubsan.so libstdc++.so,$(shell $${CXX:-g++} -print-file-name=$(name)))
 SANITIZED_RUN = LD_PRELOAD="$(RUNTIMES)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1
 
-.PHONY: help demo test test-full sanitized bench gpu lint build wheel clean
+.PHONY: help demo test test-full sanitized bench acceptance gpu lint build wheel clean
 
 help:
 	@echo "make demo       decode held-out text with the shipped pair: autoregressive, chain and tree side by side"
 	@echo "make test       build, then run every test that is not marked full"
 	@echo "make test-full  all tests, every CPU instruction set, sanitizers"
 	@echo "make bench      benchmarks, table and pictures under $(OUT)/bench"
+	@echo "make acceptance acceptance of every verifier beside the optimum, under $(OUT)/acceptance"
 	@echo "make gpu        build, GPU tests, GPU benchmarks (GPU_PYTHON=... for an interpreter that has a CUDA torch)"
 	@echo "make lint       ruff, clang-format"
 	@echo "make build      compile the extension modules in place"
 	@echo "make wheel      dist/*.whl"
-	@echo "Variables: PYTHON VENV TORCH TORCH_INDEX OUT PYTEST_ARGS DEMO_ARGS"
+	@echo "Variables: PYTHON VENV TORCH TORCH_INDEX OUT PYTEST_ARGS DEMO_ARGS ACCEPTANCE_ARGS"
 
 $(TORCH_STAMP):
 	$(PYTHON) -m venv $(VENV)
@@ -95,6 +96,9 @@ bench: $(VENV)/.stamp-dev build
 	mkdir -p $(OUT)/bench
 	$(PINNED) $(PY) -m pytest -q -s $(sort $(wildcard bench/bench_*.py)) --benchmark-json=$(OUT)/bench/results.json $(PYTEST_ARGS)
 	$(PY) bench/report.py $(OUT)/bench/results.json --out $(OUT)/bench
+
+acceptance: $(VENV)/.stamp-dev build
+	$(PINNED) $(PY) bench/acceptance.py --out $(OUT)/acceptance $(ACCEPTANCE_ARGS)
 
 gpu: $(if $(filter $(PY),$(GPU_PYTHON)),$(VENV)/.stamp-dev)
 	$(GPU_PYTHON) bench/gpu.py --out $(OUT)/gpu

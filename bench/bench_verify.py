@@ -2,8 +2,9 @@
 
 `plain` is what engines do: softmax of all rows, gather, residual, multinomial, vectorised over the batch. `careful` is
 the best that torch gives: the same in preallocated buffers, and one uniform and an inverse CDF instead of multinomial.
-Both take the residual of only the one row per request that is drawn from, and leave out what the op also does: ragged
-chains, filters, checks of broken rows. Run with pinned threads:
+With filters `careful` sorts each row once, and `careful_topk` takes `torch.topk`, which serves while top_k is small.
+They take the residual of only the one row per request that is drawn from, and leave out what the op also does: ragged
+chains, checks of broken rows. Run with pinned threads:
 OMP_PROC_BIND=true OMP_PLACES=cores python -m pytest bench/bench_verify.py -s
 """
 
@@ -14,12 +15,14 @@ from typing import NamedTuple
 import pytest
 import torch
 from common import compare
+from filters import keep_by_sort, keep_by_topk
 from torch import Tensor
 
 import specdec_kernels as sk
 
 VOCABULARY, DRAFTS, TRIMMED = 128256, 4, 32000
 NOISE = 0.75  # between the logits of drafter and target: 0.7 of the drafts are accepted
+FILTERED = sk.SamplingParams(top_k=50, top_p=0.9)
 
 
 class Problem(NamedTuple):
@@ -39,14 +42,17 @@ class Problem(NamedTuple):
         return {"max_depth": self.tokens.shape[1] - 1, "draft_vocab": self.vocab, **uniforms}
 
 
-def problem(batch: int, dtype: torch.dtype) -> Problem:
+def problem(batch: int, dtype: torch.dtype, params: sk.SamplingParams | None = None) -> Problem:
     generator = torch.Generator().manual_seed(3)  # of few requests, too, a typical number of drafts is accepted
     nodes = batch * (DRAFTS + 1)
     target = torch.randn(nodes, VOCABULARY, generator=generator).mul_(3)
     draft = torch.randn(nodes, VOCABULARY, generator=generator).mul_(NOISE).add_(target).to(dtype)
     tokens = torch.zeros(nodes, dtype=torch.int32)
     for i in range(nodes - 1):
-        tokens[i + 1] = inverse_cdf(draft[i : i + 1].float().softmax(1), torch.rand(1, 1, generator=generator))[0, 0]
+        row = draft[i : i + 1].float()
+        if params is not None:
+            row = keep_by_topk(row.clone(), row, params)
+        tokens[i + 1] = inverse_cdf(row.softmax(1), torch.rand(1, 1, generator=generator))[0, 0]
     uniforms = torch.rand(nodes + batch, generator=generator)
     return Problem(tokens.view(batch, -1), target.to(dtype), draft, uniforms[:nodes], uniforms[nodes:])
 
@@ -98,17 +104,30 @@ def scattered(case: Problem, p: Tensor, q: Tensor) -> Tensor:
     return finish(p.view(shape), q.view(shape), case, inverse_cdf)
 
 
+def filtered(case: Problem, p: Tensor, q: Tensor, keep) -> Tensor:
+    """`careful` with the filters of `FILTERED` on both models."""
+    for rows, logits in ((p, case.target), (q, case.draft)):
+        torch.softmax(keep(rows.copy_(logits), logits, FILTERED), 1, out=rows)
+    shape = (*case.tokens.shape, VOCABULARY)
+    return finish(p.view(shape), q.view(shape), case, inverse_cdf)
+
+
 def bytes_of_rows(case: Problem, number: Tensor) -> int:
     """Bytes of the rows that the walks read, once each."""
     drafted = number.clamp(max=DRAFTS).sum() * case.draft.shape[1] * case.draft.element_size()
     return int(number.sum() * VOCABULARY * case.target.element_size() + drafted)
 
 
+def name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 CASES = [(dtype, batch) for dtype in (torch.float32, torch.bfloat16) for batch in (1, 8, 32)]
-IDS = [f"{str(dtype).removeprefix('torch.')}-B{batch}" for dtype, batch in CASES]
+FEW = [(dtype, batch) for dtype, batch in CASES if batch < 32]  # sorting is slow
+IDS, FEW_IDS = ([f"{name(dtype)}-B{batch}" for dtype, batch in cases] for cases in (CASES, FEW))
 
 
-def measure(benchmark, case: Problem, baselines: dict, **options) -> None:
+def measure(benchmark, case: Problem, baselines: dict, rounds: int = 15, **options) -> None:
     arguments, options = case.arguments(), case.options() | options
 
     def candidate():
@@ -119,7 +138,7 @@ def measure(benchmark, case: Problem, baselines: dict, **options) -> None:
     # Read elsewhere, the limit leaves the caches as it finds them for everyone.
     memory = torch.zeros_like(case.target)
     read = bytes_of_rows(case, result.num_tokens) if options.get("method") != "greedy" else 0
-    compare(benchmark, candidate, baselines, memory=memory if read else None, bytes_read=read, rounds=15)
+    compare(benchmark, candidate, baselines, memory=memory if read else None, bytes_read=read, rounds=rounds)
 
 
 @pytest.mark.parametrize(("dtype", "batch"), CASES, ids=IDS)
@@ -142,6 +161,21 @@ def test_token_with_a_trimmed_draft(benchmark, dtype, batch):
     case = case._replace(draft=case.draft[:, vocab.long()], vocab=vocab)
     p, q = torch.empty(case.target.shape), torch.empty(case.target.shape)
     measure(benchmark, case, {"careful_scattered": lambda: scattered(case, p, q)})
+
+
+@pytest.mark.parametrize(("dtype", "batch"), FEW, ids=FEW_IDS)
+def test_token_with_top_k_and_top_p(benchmark, dtype, batch):
+    case = problem(batch, dtype, FILTERED)
+    p, q = torch.empty(case.target.shape), torch.empty(case.target.shape)
+    baselines = {
+        "careful": lambda: filtered(case, p, q, keep_by_sort),
+        "careful_topk": lambda: filtered(case, p, q, keep_by_topk),
+    }
+    options = {"params": FILTERED, "draft_params": FILTERED}
+    found = sk.verify_chain(*case.arguments(), **case.options(), **options)
+    for other in baselines.values():
+        assert torch.equal(other(), found.tokens.long())
+    measure(benchmark, case, baselines, rounds=15 if batch == 1 else 5, **options)
 
 
 @pytest.mark.parametrize(("dtype", "batch"), CASES, ids=IDS)

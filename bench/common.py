@@ -41,19 +41,31 @@ def compare(
     baselines: dict[str, Callable[[], object]],
     *,
     memory: Tensor | None = None,
+    copy: tuple[Callable[[], object], int] | None = None,
     bytes_read: int = 0,
     rounds: int = 10,
 ) -> None:
-    """Measure `candidate` against `baselines`, and against the read bandwidth of `memory` where that is given.
+    """Measure `candidate` against `baselines`, and against the bandwidth of this machine.
 
-    Stores `speedup_<baseline>` (its time / the candidate's) and `fraction_read_bandwidth` (bytes_read per second of the
-    candidate / bytes of `memory` per second of the fastest reader) in the benchmark's extra_info, and prints them.
+    Stores `speedup_<baseline>` (its time / the candidate's) and `fraction_<limit>` (bytes_read per second of the
+    candidate / bytes per second of the limit) in the benchmark's extra_info, and prints them.
+
+    Args:
+        benchmark: pytest-benchmark's fixture.
+        candidate, baselines: what is called.
+        memory: gives the limit `read_bandwidth`, that of the fastest way to read this tensor.
+        copy: gives the limit `copy_bandwidth`: a call, and the bytes that it reads and writes.
+        bytes_read: what one call of the candidate has to read.
+        rounds: how often everything is run.
     """
     require_pinned_threads()
-    limits = {} if memory is None else readers(memory)
-    others = {f"baseline {name}": f for name, f in baselines.items()} | {
-        f"limit {name}": f for name, f in limits.items()
-    }
+    limits: dict[str, tuple[list[Callable[[], object]], int]] = {}
+    if memory is not None:
+        limits["read"] = (list(readers(memory).values()), memory.nbytes)
+    if copy is not None:
+        limits["copy"] = ([copy[0]], copy[1])
+    others = {f"baseline {name}": f for name, f in baselines.items()}
+    others |= {f"{name} {i}": f for name, (ways, _) in limits.items() for i, f in enumerate(ways)}
     best = dict.fromkeys(others, float("inf"))
 
     def before_each_round():
@@ -66,11 +78,10 @@ def compare(
     seconds = benchmark.stats.stats.min
     for name in baselines:
         benchmark.extra_info[f"speedup_{name}"] = best[f"baseline {name}"] / seconds
-    if memory is not None:
-        fastest = min(best[f"limit {name}"] for name in limits)
-        bandwidth = memory.nbytes / fastest
-        benchmark.extra_info["read_gb_per_s"] = bandwidth / 1e9
-        benchmark.extra_info["fraction_read_bandwidth"] = bytes_read / seconds / bandwidth
+    for name, (ways, moved) in limits.items():
+        bandwidth = moved / min(best[f"{name} {i}"] for i in range(len(ways)))
+        benchmark.extra_info[f"{name}_gb_per_s"] = bandwidth / 1e9
+        benchmark.extra_info[f"fraction_{name}_bandwidth"] = bytes_read / seconds / bandwidth
     ratios = ", ".join(
         f"{name} {value:.2f}" for name, value in benchmark.extra_info.items() if isinstance(value, float)
     )

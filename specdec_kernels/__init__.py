@@ -14,7 +14,7 @@ from .head import head_sample, head_topk
 from .kv import compact_kv_
 from .kv_scores import caote_scores, keydiff_scores
 from .optimum import optimal_acceptance
-from .types import DraftTree, HeadSample, HeadTopK, Philox, SamplingParams, Verified
+from .types import DraftTree, HeadSample, HeadTopK, Lossy, Philox, SamplingParams, Verified
 from .verify import verify_chain, verify_tree
 
 __version__ = "0.1.0"
@@ -24,6 +24,7 @@ __all__ = [
     "DraftTree",
     "HeadSample",
     "HeadTopK",
+    "Lossy",
     "Philox",
     "SamplingParams",
     "Verified",

@@ -135,6 +135,34 @@ class Philox(NamedTuple):
     row: Tensor | None = None  # [B] int32, tells rows of one request apart where an op has several (default 0)
 
 
+class Lossy(NamedTuple):
+    """Hooks of verification that CHANGE the target's output law. Each is off by default.
+
+    Without them every method but `typical` is exact; with any of them none is.
+
+    `judge` (judge decoding, arXiv 2501.19309): a node is accepted if its rule accepts it or the judge does, even if a
+    mask or a filter forbids its token. Where one coin decides among siblings (`target_only`, the top tokens of
+    `greedy_multi`), the first sibling is taken that the coin or the judge accepts. Not with `block` and `traversal`.
+
+    `reflect_logits` (reflective verification, 2505.18629): the target's logits become, before masks, temperature and
+    everything else, (1 - reflect_weight) * target_logits + reflect_weight * reflect_logits. In fp32 (fp64 for fp64
+    logits), where each is rounded: the weight, its difference from 1, both products, the sum.
+
+    `synthetic`: for load tests of an engine. Whatever the method, at depth d (the root's is 0) the first child is
+    accepted iff its coin is below synthetic[d]; the last token is drawn from p (`greedy`: is its argmax). Draft logits
+    are not read, nor rows of nodes on the way unless log-probabilities are asked for.
+
+    `lenience` (the l of Leviathan et al., 2211.17192, appendix A.5, as a factor of q): accept iff u * (l * q) < p, so a
+    draft is accepted up to 1/l times as often. Methods `token`, `multi_round`, `without_replacement` and `k_seq`.
+    """
+
+    judge: Tensor | None = None  # [N] bool, nodes to accept whatever their rule says; roots are not looked at
+    reflect_logits: Tensor | None = None  # [N, V] of the dtype of target_logits
+    reflect_weight: float = 0.3  # in [0, 1); without reflect_logits of no effect
+    synthetic: float | Tensor | None = None  # rate in [0, 1] at every depth, or [max_depth] fp32 rates
+    lenience: float = 1.0  # in (0, 1]; 1 = off
+
+
 class Verified(NamedTuple):
     """What a verification step commits."""
 

@@ -15,7 +15,7 @@ from .checks import (
     check_tensor,
 )
 from .reference import verify as reference
-from .types import DraftTree, Philox, SamplingParams, Verified
+from .types import DraftTree, Lossy, Philox, SamplingParams, Verified
 from .verify_args import check_arguments, check_values_of
 
 CHAIN_METHODS = ("token", "block", "greedy", "typical")
@@ -37,6 +37,7 @@ _TAKES_COUNTS = ("multi_round", "k_seq")
 _SAMPLING = (
     "Tensor? params, float[] scalars, Tensor? allowed, "
     "Tensor? draft_params, float[] draft_scalars, Tensor? draft_allowed, "
+    "Tensor? judge, Tensor? reflect_logits, float reflect_weight, Tensor? synthetic, float lenience, "
     "Tensor? seed, Tensor? offset, Tensor? accept_uniforms, Tensor? final_uniforms, bool logprobs) "
     "-> (Tensor tokens, Tensor nodes, Tensor num_tokens, Tensor logprobs)"
 )
@@ -86,21 +87,16 @@ def _triton(name: str):
 library.declare(
     "verify_chain", _CHAIN, reference=reference.verify_chain, fake=_chain_fake, triton=_triton("verify_chain")
 )
-library.declare("verify_tree", _TREE, reference=reference.verify_tree, fake=_tree_fake)
+library.declare("verify_tree", _TREE, reference=reference.verify_tree, fake=_tree_fake, triton=_triton("verify_tree"))
 
 
-def _native_limit(*, method, dtype, filters, **_) -> str | None:
-    if method not in ("token", "greedy"):
-        return f"method {method!r} is not compiled, only 'token' and 'greedy'"
-    if filters:
-        return "top_k, top_p and min_p are not compiled"
-    if dtype not in FLOATS:
-        return f"logits are {dtype}"
-    return None
+def _compiled_limit(*, dtype, **_) -> str | None:
+    return None if dtype in FLOATS else f"logits are {dtype}"
 
 
-backends.serves("verify_chain", "cpu", _native_limit)
-backends.serves("verify_chain", "triton", _native_limit)
+for _op in ("verify_chain", "verify_tree"):
+    for _backend in ("cpu", "triton"):
+        backends.serves(_op, _backend, _compiled_limit)
 
 
 def _wrap(results, logprobs: bool) -> Verified:
@@ -123,13 +119,15 @@ def verify_chain(
     accept_uniforms: Tensor | None = None,
     final_uniforms: Tensor | None = None,
     logprobs: bool = False,
+    lossy: Lossy | None = None,
     backend: str | None = None,
 ) -> Verified:
     """Verify one drafted chain for each request.
 
     Methods: `token` (Leviathan et al., arXiv 2211.17192; Chen et al., 2302.01318) and `block` (Sun et al., 2403.10444)
     leave the target's output law unchanged; so does `greedy`, which compares with the target's argmax. `typical`
-    (Medusa, 2401.10774) is LOSSY: it accepts where p(x) > min(0.09, 0.3 exp(-H(p))).
+    (Medusa, 2401.10774) is LOSSY: it accepts where p(x) > min(0.09, 0.3 exp(-H(p))). So is every method with a hook of
+    `lossy`.
 
     Args:
         tokens: [N] int32, all chains packed: the root (last committed token), then its drafts. A draft of -1 is no
@@ -137,7 +135,8 @@ def verify_chain(
         cu_nodes: [B+1] int32, cumulative node counts, from 0 to N.
         target_logits: [N, V] fp32, bf16 or fp16 (fp64 on the reference); row i predicts what follows node i.
         draft_logits: [N, V] or, with `draft_vocab`, [N, R]; row i is the distribution from which node i+1 was drawn.
-            A chain's last row is never read. None: each draft token was a point mass (n-gram, greedy draft).
+            A chain's last row is never read, and none is by `greedy` and `typical`. None: each draft token was a point
+            mass (n-gram, greedy draft).
         max_depth: most drafts in one chain, K.
         method: `token`, `block`, `greedy` or `typical`.
         draft_vocab: [R] int32, ascending target ids of the drafter's trimmed vocabulary; q is zero outside it.
@@ -148,10 +147,12 @@ def verify_chain(
         accept_uniforms: [N] fp32 in [0, 1), replaces rng: node i's acceptance uses entry i.
         final_uniforms: [B] fp32 in [0, 1), replaces rng for the one token that is drawn.
         logprobs: also return log-probabilities of the emitted tokens.
+        lossy: hooks that change the law; see `Lossy`. Default: none.
         backend: force `reference`, `cpu`, `triton` or `cuda`.
 
     Returns:
         Verified. A request for which a row that was read holds NaN, +inf or nothing finite gets num_tokens 0 and -1.
+        Rows that the walk never reaches are not read.
 
     Raises:
         TypeError, ValueError: an argument that does not fit; names it, what came and what was expected. Checks of
@@ -161,14 +162,14 @@ def verify_chain(
     check_choice("method", method, CHAIN_METHODS)
     check_int("max_depth", max_depth, 0)
     chain = DraftTree(tokens, None, cu_nodes, max_depth + 1, max_depth)
-    tail, facts = check_arguments(
-        chain, "", target_logits, draft_logits, draft_vocab, method, params, draft_params, rng,
+    draft, tail, facts = check_arguments(
+        chain, "", target_logits, draft_logits, draft_vocab, method, params, draft_params, lossy, rng,
         accept_uniforms, final_uniforms, logprobs,
     )  # fmt: skip
     if DEBUG:
         check_values_of(chain, "", target_logits.shape[1], draft_vocab, accept_uniforms, final_uniforms)
     op = library.overload("verify_chain", backends.select("verify_chain", tokens.device.type, backend, **facts))
-    return _wrap(op(tokens, cu_nodes, target_logits, draft_logits, draft_vocab, max_depth, method, *tail), logprobs)
+    return _wrap(op(tokens, cu_nodes, target_logits, *draft, max_depth, method, *tail), logprobs)
 
 
 def verify_tree(
@@ -184,6 +185,7 @@ def verify_tree(
     accept_uniforms: Tensor | None = None,
     final_uniforms: Tensor | None = None,
     logprobs: bool = False,
+    lossy: Lossy | None = None,
     backend: str | None = None,
 ) -> Verified:
     """Verify one drafted tree for each request. The method must match how siblings were drawn:
@@ -200,7 +202,7 @@ def verify_tree(
     `typical`              LOSSY (Medusa, 2401.10774): longest path with p(x) > min(0.09, 0.3 exp(-H(p)))
     =====================  =====================================================================================
 
-    All but `typical` leave the target's output law unchanged.
+    All but `typical` leave the target's output law unchanged, unless `lossy` is given.
 
     Args:
         tree: parents before children, siblings in draw order. A token of -1 is no draft and takes no mass. Equal
@@ -209,15 +211,18 @@ def verify_tree(
             biases the law from three draws on.
         target_logits: [N, V] fp32, bf16 or fp16 (fp64 on the reference); row i predicts the children of node i.
         draft_logits: [N, V] or, with `draft_vocab`, [N, R]; row i is the distribution from which the children of node
-            i were drawn. Rows of leaves are never read. None: every draft token was a point mass.
+            i were drawn. Rows of leaves are never read, and none is by `greedy`, `target_only` and `typical`. None:
+            every draft token was a point mass.
         method: see above.
         draft_vocab: [R] int32, ascending target ids of the drafter's trimmed vocabulary; q is zero outside it.
-        params, draft_params, rng, accept_uniforms, final_uniforms, logprobs, backend: as for `verify_chain`. With
-            `target_only` entry i of accept_uniforms is the coin of parent i, else that of the test of node i
+        params, draft_params, rng, accept_uniforms, final_uniforms, logprobs, lossy, backend: as for `verify_chain`.
+            With `target_only` entry i of accept_uniforms is the coin of parent i, else that of the test of node i
             (`greedy_multi`: of the last sibling; the first sibling's entry draws the token that may be a sibling).
 
     Returns:
         Verified. A request for which a row that was read holds NaN, +inf or nothing finite gets num_tokens 0 and -1.
+        Rows that the walk never reaches are not read: below a rejected node, and bottom-up below a node whose token p
+        cannot give.
 
     Raises:
         TypeError, ValueError, BackendError: as for `verify_chain`.
@@ -227,8 +232,8 @@ def verify_tree(
         raise TypeError(f"tree: expected a DraftTree, got {type(tree).__name__}")
     check_int("tree.max_nodes", tree.max_nodes, 1)
     check_int("tree.max_depth", tree.max_depth, 0)
-    tail, facts = check_arguments(
-        tree, "tree.", target_logits, draft_logits, draft_vocab, method, params, draft_params, rng,
+    draft, tail, facts = check_arguments(
+        tree, "tree.", target_logits, draft_logits, draft_vocab, method, params, draft_params, lossy, rng,
         accept_uniforms, final_uniforms, logprobs,
     )  # fmt: skip
     sizes = {"N": target_logits.shape[0]}
@@ -241,7 +246,7 @@ def verify_tree(
         check_values_of(tree, "tree.", target_logits.shape[1], draft_vocab, accept_uniforms, final_uniforms)
     op = library.overload("verify_tree", backends.select("verify_tree", tree.tokens.device.type, backend, **facts))
     results = op(
-        tree.tokens, tree.parents, tree.cu_nodes, tree.counts, target_logits, draft_logits, draft_vocab,
+        tree.tokens, tree.parents, tree.cu_nodes, tree.counts, target_logits, *draft,
         tree.max_nodes, tree.max_depth, method, *tail,
     )  # fmt: skip
     return _wrap(results, logprobs)

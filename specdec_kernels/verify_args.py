@@ -6,11 +6,15 @@ import torch
 from torch import Tensor
 
 from .checks import DEBUG, FLOATS, INT32, INT64, REFERENCE_FLOATS, check_draft_vocab, check_tensor, check_values
+from .reference.verify import TARGET_METHODS
 from .tree_checks import check_cu_nodes, check_tree_values
-from .types import DraftTree, Philox, SamplingParams
+from .types import DraftTree, Lossy, Philox, SamplingParams
 
 _OFF = (1.0, 0.0, 1.0, 0.0)  # temperature, top_k, top_p, min_p that change nothing
+_EXACT = (None, None, 0.0, None, 1.0)  # judge, reflect_logits, reflect_weight, synthetic, lenience that change nothing
 _NEEDS_DRAFT_LOGITS = ("k_seq", "greedy_multi")
+_WHOLE_PATHS = ("block", "traversal", "traversal_iid")
+_TESTS_Q = ("token", "multi_round", "without_replacement", "k_seq")
 
 
 def _sampling(params: SamplingParams, name: str, sizes: dict[str, int], device) -> tuple:
@@ -49,10 +53,69 @@ def _sampling(params: SamplingParams, name: str, sizes: dict[str, int], device) 
     return packed, numbers, params.allowed, filters
 
 
+def _number(name: str, value, fits, expected: str) -> float:
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        raise TypeError(f"{name}: expected a number {expected}, got {type(value).__name__}")
+    if not fits(value):
+        raise ValueError(f"{name}: expected a number {expected}, got {value}")
+    return float(value)
+
+
+def _hooks(lossy: Lossy | None, method: str, max_depth: int, sizes: dict[str, int], logits: Tensor) -> tuple:
+    """What the ops take of a checked Lossy: judge, reflect_logits, reflect_weight, synthetic, lenience."""
+    if lossy is None:
+        return _EXACT
+    if not isinstance(lossy, Lossy):
+        raise TypeError(f"lossy: expected a Lossy or None, got {type(lossy).__name__}")
+    judge, reflect, _, synthetic, _ = lossy
+    weight = _number("lossy.reflect_weight", lossy.reflect_weight, lambda x: 0 <= x < 1, "in [0, 1)")
+    lenience = _number("lossy.lenience", lossy.lenience, lambda x: 0 < x <= 1, "in (0, 1]")
+    if judge is not None:
+        if method in _WHOLE_PATHS:
+            raise ValueError(
+                f"lossy.judge: expected None with method {method!r}, which accepts or rejects whole paths bottom-up, "
+                f"so that no node has a test of its own that a judge could overrule"
+            )
+        check_tensor("lossy.judge", judge, sizes, "N", (torch.bool,), logits.device)
+    if lenience != 1 and method not in _TESTS_Q:
+        raise ValueError(
+            f"lossy.lenience: expected 1 with method {method!r}, got {lenience}; only "
+            f"{', '.join(map(repr, _TESTS_Q))} test a coin against p / q"
+        )
+    if reflect is not None:
+        check_tensor("lossy.reflect_logits", reflect, sizes, "N V", (logits.dtype,), logits.device)
+        if weight == 0:
+            reflect = None  # 0 * -inf is no logit
+    if synthetic is not None:
+        for name, given in (("judge", judge is not None), ("lenience", lenience != 1)):
+            if given:
+                raise ValueError(
+                    f"lossy.synthetic: expected None beside lossy.{name}, because rates replace every rule"
+                )
+        if isinstance(synthetic, Tensor):
+            check_tensor(
+                "lossy.synthetic", synthetic, {"max_depth": max_depth}, "max_depth", (torch.float32,), logits.device
+            )
+            if DEBUG:
+                check_values("lossy.synthetic", (synthetic >= 0) & (synthetic <= 1), synthetic, "rates in [0, 1]")
+        else:
+            rate = _number(
+                "lossy.synthetic", synthetic, lambda x: 0 <= x <= 1, "in [0, 1], a [max_depth] tensor or None"
+            )
+            synthetic = torch.full((max_depth,), rate, dtype=torch.float32, device=logits.device)
+    return judge, reflect, weight if reflect is not None else 0.0, synthetic, lenience
+
+
 def check_arguments(
-    tree, prefix, target_logits, draft_logits, draft_vocab, method, params, draft_params, rng, accept, final, logprobs
-):
-    """Check everything the two ops share; returns the tail of the op's arguments and the facts for the backends."""
+    tree, prefix, target_logits, draft_logits, draft_vocab, method, params, draft_params, lossy, rng, accept, final,
+    logprobs,
+):  # fmt: skip
+    """Check everything the two ops share.
+
+    Returns:
+        (draft_logits, draft_vocab), both None where the method reads no draft logits; the tail of the op's arguments;
+        the facts for the backends.
+    """
     sizes: dict[str, int] = {}
     device = target_logits.device if isinstance(target_logits, Tensor) else None
     check_tensor("target_logits", target_logits, sizes, "N V", REFERENCE_FLOATS)
@@ -87,6 +150,9 @@ def check_arguments(
     for name, mask in (("params.allowed", allowed), ("draft_params.allowed", draft_allowed)):
         if mask is not None:
             check_tensor(name, mask, sizes, "N W", INT32, device)
+    hooks = _hooks(lossy, method, tree.max_depth, sizes, target_logits)
+    judge, reflect, _, synthetic, lenience = hooks
+    rated = synthetic is not None
     seed = offset = None
     if rng is not None:
         if not isinstance(rng, Philox):
@@ -97,15 +163,26 @@ def check_arguments(
     for name, value, shape in (("accept_uniforms", accept, "N"), ("final_uniforms", final, "B")):
         if value is not None:
             check_tensor(name, value, sizes, shape, (torch.float32,), device)
-        elif rng is None and method != "greedy" and (name, method) != ("accept_uniforms", "typical"):
+        elif rng is None and (rated or not (method == "greedy" or (name, method) == ("accept_uniforms", "typical"))):
             raise ValueError(f"{name}: method {method!r} needs rng or {name}, got neither")
     if tree.counts is not None and rng is None:
         raise ValueError("rng: merged draws (tree.counts) are tried in a random order that only rng gives, got None")
-    facts = {"method": method, "dtype": target_logits.dtype, "filters": filters}
+    if rated or method in TARGET_METHODS:
+        draft_logits = draft_vocab = None
+    facts = {
+        "method": method,
+        "dtype": target_logits.dtype,
+        "filters": filters,
+        "lossy": judge is not None or reflect is not None or rated or lenience != 1,
+        "counts": tree.counts is not None,
+    }
     if draft_logits is not None and target_logits.dtype in FLOATS:
         facts["dtype"] = draft_logits.dtype
-    tail = (packed, numbers, allowed, draft_packed, draft_numbers, draft_allowed, seed, offset, accept, final, logprobs)
-    return tail, facts
+    tail = (
+        packed, numbers, allowed, draft_packed, draft_numbers, draft_allowed, *hooks,
+        seed, offset, accept, final, logprobs,
+    )  # fmt: skip
+    return (draft_logits, draft_vocab), tail, facts
 
 
 def _only_temperature(packed: Tensor) -> Tensor:

@@ -27,6 +27,7 @@ SHARED = {
     "accept_uniforms": None,
     "final_uniforms": None,
     "logprobs": False,
+    "lossy": None,
     "backend": None,
 }
 HEAD = {
@@ -71,6 +72,7 @@ SIGNATURES = {
 FIELDS = {
     sk.DraftTree: ("tokens", "parents", "cu_nodes", "max_nodes", "max_depth", "counts"),
     sk.SamplingParams: ("temperature", "top_k", "top_p", "min_p", "allowed"),
+    sk.Lossy: ("judge", "reflect_logits", "reflect_weight", "synthetic", "lenience"),
     sk.Philox: ("seed", "offset", "row"),
     sk.Verified: ("tokens", "nodes", "num_tokens", "logprobs"),
     sk.HeadTopK: ("logits", "tokens", "lse", "entropy", "all_logits"),

@@ -133,7 +133,7 @@ def test_a_forced_backend_never_falls_back():
     with pytest.raises(BackendError, match="backend='cuda' cannot serve verify_chain: "):
         verify_chain(**GOOD, backend="cuda")
     with pytest.raises(BackendError, match="backend='cpu' cannot serve verify_chain: "):
-        verify_chain(**GOOD, method="block", backend="cpu")
+        verify_chain(**{**GOOD, "target_logits": TARGET.double()}, backend="cpu")
 
 
 DEBUG = """
@@ -180,6 +180,8 @@ expect("cu_nodes: expected 1..3 nodes a request, got 4", lambda: chain(cu_nodes=
 expect("draft_vocab: expected strictly ascending ids", lambda: chain(**compact, draft_vocab=ints(3, 3)))
 expect("draft_vocab: expected ids in 0..5, got 9", lambda: chain(**compact, draft_vocab=ints(3, 9)))
 expect("params.top_p: expected in .0.0, 1.0., got 2.0", lambda: chain(params=hot))
+rates = Lossy(synthetic=torch.tensor([0.5, 2.0]))
+expect("^lossy.synthetic: expected rates in .0, 1., got 2.0 at index 1", lambda: chain(lossy=rates))
 expect("^cu_nodes: expected 0 first, got 3", lambda: chain(cu_nodes=ints(3, 2, 6)))
 expect("^cu_nodes: expected N=6 last, got 90", lambda: chain(cu_nodes=ints(0, 3, 90)))
 expect("^cu_nodes: expected 1..3 nodes a request, got 90", lambda: chain(cu_nodes=ints(0, 90, 6)))

@@ -21,7 +21,8 @@ pytestmark = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
 
 def op_arguments(case, method="token", scalars=(1.0, 0.0, 1.0, 0.0), params=None, logprobs=False):
     rng, off = case.options["rng"], [1.0, 0.0, 1.0, 0.0]
-    sampling = (params, list(scalars), None, None, off, None, rng.seed, rng.offset, None, None, logprobs)
+    exact = (None, None, 0.0, None, 1.0)
+    sampling = (params, list(scalars), None, None, off, None, *exact, rng.seed, rng.offset, None, None, logprobs)
     return (case.tokens, case.cu_nodes, case.target, case.draft, None, case.max_depth, method, *sampling)
 
 

@@ -71,7 +71,7 @@ def chain(V, dtype, q, *, K=4, masks=False, tensors=False, rng=False, logprobs=F
     uniforms = (None, None) if rng else (empty(N, dtype=torch.float32), empty(B, dtype=torch.float32))
     _, arguments = verify.chain_arguments(
         empty(N), empty(B + 1), logits(V), draft, vocab, K, method,
-        numbers, (1.0, 0.0, 1.0, 0.0), mask, numbers, (1.0, 0.0, 1.0, 0.0), mask,
+        numbers, (1.0, 0.0, 1.0, 0.0), mask, numbers, (1.0, 0.0, 1.0, 0.0), mask, None, None, 0.0, None, 1.0,
         seed, seed, *uniforms, logprobs,
     )  # fmt: skip
     options = verify.launch_options(V, K)

@@ -7,10 +7,11 @@
 //   gt ge eq            false where either is NaN; not_lt(a, b) is true there
 //   select(m, a, b)     m ? a : b
 //   bits(m), any(m)     bit i is lane i
+//   compress            stores the lanes of m side by side, and whatever up to kWidth lanes in all; how many m has
 //   to_floats(_unsigned)  rounds to nearest, once
 //   reduce_add          in one fixed order, pairwise
 //
-// simd_math.h adds exp, log, Philox and Gumbel noise.
+// simd_math.h adds exp, log, Philox and Gumbel noise, simd_double.h what is summed in fp64.
 #pragma once
 
 #include <stdint.h>

@@ -54,6 +54,14 @@ SPECDEC_INLINE Mask either(Mask a, Mask b) { return _mm256_or_ps(a, b); }
 SPECDEC_INLINE uint32_t bits(Mask m) { return static_cast<uint32_t>(_mm256_movemask_ps(m)); }
 SPECDEC_INLINE bool any(Mask m) { return bits(m) != 0; }
 
+SPECDEC_INLINE int compress(float* p, Mask m, Vec a) {
+  // A byte of ones per lane that is kept picks the lane's number.
+  const uint64_t kept = _pdep_u64(bits(m), 0x0101010101010101u) * 0xFF;
+  const __m128i numbers = _mm_cvtsi64_si128(static_cast<int64_t>(_pext_u64(0x0706050403020100u, kept)));
+  store(p, _mm256_permutevar8x32_ps(a, _mm256_cvtepu8_epi32(numbers)));
+  return __builtin_popcount(bits(m));
+}
+
 SPECDEC_INLINE float reduce_add(Vec a) {
   __m128 r = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
   r = _mm_add_ps(r, _mm_movehl_ps(r, r));

@@ -51,6 +51,11 @@ SPECDEC_INLINE Mask either(Mask a, Mask b) { return static_cast<Mask>(a | b); }
 SPECDEC_INLINE uint32_t bits(Mask m) { return m; }
 SPECDEC_INLINE bool any(Mask m) { return m != 0; }
 
+SPECDEC_INLINE int compress(float* p, Mask m, Vec a) {
+  store(p, _mm512_maskz_compress_ps(m, a));
+  return __builtin_popcount(m);
+}
+
 SPECDEC_INLINE float reduce_add(Vec a) { return _mm512_reduce_add_ps(a); }
 SPECDEC_INLINE float reduce_max(Vec a) { return _mm512_reduce_max_ps(a); }
 

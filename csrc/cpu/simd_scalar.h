@@ -59,6 +59,11 @@ SPECDEC_INLINE Vec select(Mask m, Vec a, Vec b) { return m ? a : b; }
 SPECDEC_INLINE uint32_t bits(Mask m) { return m; }
 SPECDEC_INLINE bool any(Mask m) { return m; }
 
+SPECDEC_INLINE int compress(float* p, Mask m, Vec a) {
+  *p = a;
+  return m;
+}
+
 SPECDEC_INLINE float reduce_add(Vec a) { return a; }
 SPECDEC_INLINE float reduce_max(Vec a) { return a; }
 

@@ -16,6 +16,7 @@ namespace specdec {
 
 #define SPECDEC_FAMILIES(X) \
   X(Head, head)             \
+  X(Select, select)         \
   X(Verify, verify)
 
 #define SPECDEC_DECLARE(Family, family) struct Family##Kernels;

@@ -1,5 +1,5 @@
-// Rows of logits as distributions: the row primitives of specdec/walkers.h on a CPU. Blocks are read by the kernels of
-// one tier, sums across blocks are taken here, in double and in block order, so that no result depends on the threads.
+// Rows of logits as distributions: the row primitives of specdec/rows.h on a CPU. Blocks are read by the kernels of one
+// tier, sums across blocks are taken here, in double and in block order, so that no result depends on the threads.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -12,6 +12,8 @@
 #include <limits>
 #include <vector>
 
+#include "cut.h"
+#include "specdec/rows.h"
 #include "tiers.h"
 #include "verify.h"
 
@@ -20,7 +22,9 @@ namespace specdec {
 // All rows of one tensor of logits.
 struct LogitRows {
   const char* data = nullptr;
-  int64_t stride = 0;  // bytes from row to row
+  const char* mixed = nullptr;
+  float mix = 0.0f;
+  int64_t stride = 0, mixed_stride = 0;  // bytes from row to row
   int64_t columns = 0;
   int64_t vocabulary = 0;
   DType type = DType::kFloat;
@@ -29,7 +33,42 @@ struct LogitRows {
   int64_t allowed_stride = 0;  // words
 
   LogitRow row(int64_t node) const {
-    return {data + node * stride, ids, allowed ? allowed + node * allowed_stride : nullptr, columns, vocabulary, type};
+    const uint32_t* mask = allowed ? allowed + node * allowed_stride : nullptr;
+    LogitRow row = {data + node * stride, ids, mask, columns, vocabulary, type};
+    row.mixed = mixed ? mixed + node * mixed_stride : nullptr;
+    row.mix = mix;
+    return row;
+  }
+
+  // -1 where the row has no such token, or does not allow it.
+  int64_t column_of(int64_t node, int32_t token) const {
+    if (allowed && !((allowed[node * allowed_stride + (token >> 5)] >> (token & 31)) & 1)) return -1;
+    return column_of(token);
+  }
+
+  int64_t column_of(int32_t token) const {
+    if (!ids) return token;
+    const int32_t* found = std::lower_bound(ids, ids + columns, token);
+    return found != ids + columns && *found == token ? found - ids : -1;
+  }
+
+  float logit(int64_t node, int64_t column) const {
+    const float x = logit(data + node * stride, column);
+    if (!mixed) return x;
+    const float kept = (1.0f - mix) * x;
+    return kept + mix * logit(mixed + node * mixed_stride, column);
+  }
+
+ private:
+  float logit(const char* row, int64_t column) const {
+    switch (type) {
+      case DType::kFloat:
+        return reinterpret_cast<const float*>(row)[column];
+      case DType::kBf16:
+        return reinterpret_cast<const torch::headeronly::BFloat16*>(row)[column];
+      default:
+        return reinterpret_cast<const torch::headeronly::Half*>(row)[column];
+    }
   }
 };
 
@@ -50,212 +89,130 @@ struct Team {
   }
 };
 
-// One row as a distribution. `aim`, then `read` every block, then `settle`.
-class Distribution {
+// Rows of one model under the settings of one request.
+class Side {
  public:
-  explicit Distribution(const VerifyKernels& kernels) : kernels_(kernels) {}
-
-  void aim(const LogitRow& row, float temperature) {
-    row_ = row;
-    sampled_ = temperature > 0.0f;
-    // Of a temperature near 0 the reciprocal overflows; a finite one still makes 0 * slope = 0 at the peak.
-    inverse_temperature_ = std::min(1.0f / temperature, std::numeric_limits<float>::max() / 2);
-    softmax_.slope = inverse_temperature_ * 1.44269504f;
-    sums_.resize(blocks());
-  }
-
-  int64_t blocks() const { return (row_.columns + kBlock - 1) / kBlock; }
-
-  void read(int64_t block) {
-    if (sampled_)
-      sums_[block] = kernels_.block_sum(row_, block, softmax_.slope);
-    else
-      sums_[block].peak = kernels_.block_peak(row_, block);
-  }
-
-  // Whether the row is a distribution: no NaN, no +inf, something finite.
-  bool settle() {
-    point_ = -1;
-    softmax_.peak = -std::numeric_limits<float>::infinity();
-    for (const BlockSum& block : sums_) softmax_.peak = std::max(softmax_.peak, block.peak);
-    return sampled_ ? normalise() : find_point();
-  }
-
-  float at(int32_t token) const {
-    if (!sampled_) return token == point_ ? 1.0f : 0.0f;
-    const int64_t column = column_of(token);
-    if (column < 0) return 0.0f;
-    return std::exp2((logit(column) - softmax_.peak) * softmax_.slope) * softmax_.scale;
-  }
-
-  float logprob(int32_t token) const {
-    if (!sampled_) return token == point_ ? 0.0f : -std::numeric_limits<float>::infinity();
-    const double shifted = static_cast<double>(logit(column_of(token))) - softmax_.peak;
-    return static_cast<float>(shifted * inverse_temperature_ - std::log(total_));
-  }
-
-  bool sampled() const { return sampled_; }
-  int32_t point() const { return point_; }
-  const LogitRow& row() const { return row_; }
-  const Softmax& softmax() const { return softmax_; }
-  const std::vector<double>& masses() const { return masses_; }
-
- private:
-  bool normalise() {
-    masses_.resize(sums_.size());
-    total_ = 0.0;
-    for (size_t i = 0; i < sums_.size(); ++i) {
-      masses_[i] = sums_[i].sum * std::exp2((static_cast<double>(sums_[i].peak) - softmax_.peak) * softmax_.slope);
-      total_ += masses_[i];
-    }
-    softmax_.scale = static_cast<float>(1.0 / total_);
-    // A block of less than this has no probability that fp32 can tell from 0, so nothing could be drawn from it.
-    constexpr double kNothing = 0x1p-100;
-    for (double& mass : masses_) mass = mass < kNothing * total_ ? 0.0 : mass / total_;
-    return std::isfinite(total_) && total_ > 0.0;
-  }
-
-  bool find_point() {
-    if (!std::isfinite(softmax_.peak)) return false;
-    int64_t block = 0;
-    while (sums_[block].peak != softmax_.peak) ++block;
-    const int64_t column = kernels_.find(row_, block, softmax_.peak);
-    point_ = row_.ids ? row_.ids[column] : static_cast<int32_t>(column);
-    return true;
-  }
-
-  // -1 where the token has no probability.
-  int64_t column_of(int32_t token) const {
-    if (row_.allowed && !((row_.allowed[token >> 5] >> (token & 31)) & 1)) return -1;
-    if (!row_.ids) return token;
-    const int32_t* end = row_.ids + row_.columns;
-    const int32_t* found = std::lower_bound(row_.ids, end, token);
-    return found != end && *found == token ? found - row_.ids : -1;
-  }
-
-  float logit(int64_t column) const {
-    switch (row_.type) {
-      case DType::kFloat:
-        return static_cast<const float*>(row_.logits)[column];
-      case DType::kBf16:
-        return static_cast<const torch::headeronly::BFloat16*>(row_.logits)[column];
-      default:
-        return static_cast<const torch::headeronly::Half*>(row_.logits)[column];
-    }
-  }
-
-  const VerifyKernels& kernels_;
-  LogitRow row_{};
-  Softmax softmax_{};
-  bool sampled_ = true;  // else temperature 0: a point mass
-  float inverse_temperature_ = 1.0f;
-  double total_ = 0.0;
-  int32_t point_ = -1;  // temperature 0: the token that has all the mass
-  std::vector<BlockSum> sums_;
-  std::vector<double> masses_;  // [blocks] probability of each block
-};
-
-// The rows of one request, as specdec/walkers.h wants them.
-class CpuRows {
- public:
-  CpuRows(const LogitRows& target, const LogitRows& draft, Team team)
-      : kernels_(*kernels().verify),
-        target_rows_(target),
-        draft_rows_(draft),
-        team_(team),
-        p_(kernels_),
-        q_(kernels_) {}
+  // Both sides of a worker share `cut_of`, because its buffers are the largest that verification has.
+  Side(const LogitRows& rows, const Kernels& kernels, CutFinder<Team>& cut_of)
+      : rows_(rows), kernels_(kernels), cut_of_(cut_of) {}
 
   // `first`: packed index of the request's root.
-  void start(int64_t first, float temperature, float draft_temperature) {
+  void start(int64_t first, const Filters& filters) {
     first_ = first;
-    temperature_ = temperature;
-    draft_temperature_ = draft_temperature;
+    filters_ = filters;
+    // Of a temperature near 0 the reciprocal overflows; a finite one still makes 0 * slope = 0 at the peak.
+    inverse_ = std::min(1.0f / filters.temperature, std::numeric_limits<float>::max() / 2);
+    slope_ = inverse_ * 1.44269504f;
   }
 
-  bool open(int node, bool drafted) {
-    p_.aim(target_rows_.row(first_ + node), temperature_);
-    const bool reads_draft = drafted && draft_rows_.data;
-    // Beside a point mass p no decision depends on q; its row is only checked.
-    if (reads_draft) q_.aim(draft_rows_.row(first_ + node), p_.sampled() ? draft_temperature_ : 0.0f);
-    const int64_t split = p_.blocks();
-    team_(split + (reads_draft ? q_.blocks() : 0), [&](int64_t i) { i < split ? p_.read(i) : q_.read(i - split); });
-    const bool sound = p_.settle();
-    return (!reads_draft || q_.settle()) && sound;
+  bool given() const { return rows_.data != nullptr; }
+  bool sampled() const { return filters_.temperature > 0.0f; }
+  int64_t blocks() const { return (rows_.columns + kBlock - 1) / kBlock; }
+  float slope() const { return slope_; }
+
+  LogitRow logits(const Row& row) const {
+    LogitRow logits = rows_.row(first_ + row.node);
+    logits.cut = row.cut;
+    return logits;
   }
 
-  int32_t top(int node) {
-    p_.aim(target_rows_.row(first_ + node), 0.0f);
-    team_(p_.blocks(), [&](int64_t i) { p_.read(i); });
-    return p_.settle() ? p_.point() : -1;
+  Softmax softmax(const Row& row, double scale) const {
+    return {row.peak, slope_, static_cast<float>(scale / row.total)};
   }
 
-  float target(int32_t token) const { return p_.at(token); }
-
-  float draft(int32_t token) {
-    point_ = draft_rows_.data ? q_.point() : token;
-    if (!p_.sampled()) return 0.0f;
-    return draft_rows_.data ? q_.at(token) : 1.0f;
+  // One block of what settle() needs, in any order and on any thread.
+  void read(const LogitRow& logits, int64_t block) {
+    if (sampled())
+      sums_[block] = kernels_.verify->block_sum(logits, block, slope_);
+    else
+      sums_[block].peak = kernels_.verify->block_peak(logits, block);
   }
+  void expect_blocks() { sums_.resize(blocks()); }
 
-  float residual_mass(float c) {
-    if (!p_.sampled()) return 1.0f;
-    if (draft_rows_.data && q_.sampled()) {
-      subtracted_ = q_.row();
-      weighted_ = q_.softmax();
-      weighted_.scale *= c;
-      residual_.resize(p_.blocks());
-      team_(p_.blocks(), [&](int64_t i) { residual_[i] = excess(i); });
-    } else {
-      // A point mass is a row of one column, and changes one block of p.
-      subtracted_ = {&kPointLogit, &point_, nullptr, 1, p_.row().vocabulary, DType::kFloat};
-      weighted_ = {kPointLogit, 1.0f, c};
-      residual_ = p_.masses();
-      if (point_ >= 0 && point_ < p_.row().columns) residual_[point_ / kBlock] = excess(point_ / kBlock);
+  // The row whose blocks were read; node -1 unless it is a distribution: no NaN, no +inf, something finite.
+  Row settle(int node, const LogitRow& logits, const Team& team) {
+    Row row = {node, -1, -std::numeric_limits<float>::infinity(), -std::numeric_limits<float>::infinity(), 1.0};
+    sum(&row);
+    if (!sampled()) {
+      if (!std::isfinite(row.peak)) return own_point();
+      int64_t block = 0;
+      while (sums_[block].peak != row.peak) ++block;
+      const int64_t column = kernels_.verify->find(logits, block, row.peak);
+      row.point = rows_.ids ? rows_.ids[column] : static_cast<int32_t>(column);
+      return row;
     }
-    double mass = 0.0;
-    for (double block : residual_) mass += block;
-    return static_cast<float>(mass);
-  }
-
-  int32_t draw(float c, float u) const {
-    if (!p_.sampled()) return p_.point();
-    const std::vector<double>& masses = c > 0.0f ? residual_ : p_.masses();
-    double total = 0.0, before = 0.0;
-    for (double block : masses) total += block;
-    const double wanted = u * total;
-    int64_t chosen = -1;
-    double inside = 0.0;
-    for (size_t i = 0; i < masses.size(); ++i) {
-      if (masses[i] > 0.0) {
-        chosen = static_cast<int64_t>(i);
-        inside = wanted - before;
-      }
-      before += masses[i];
-      if (before > wanted) break;
+    if (!std::isfinite(row.total) || !(row.total > 0.0)) return own_point();
+    if (filters_.any()) {
+      row.cut = cut_of_(logits, row.peak, row.total, filters_);
+      LogitRow rest = logits;
+      rest.cut = row.cut;
+      team(blocks(), [&](int64_t block) { read(rest, block); });
+      sum(&row);
     }
-    const LogitRow* q = c > 0.0f ? &subtracted_ : nullptr;
-    return static_cast<int32_t>(kernels_.draw(p_.row(), p_.softmax(), q, weighted_, chosen, inside));
+    return row;
   }
 
-  float logprob(int32_t token) const { return p_.logprob(token); }
+  // Sums what is left of a row of which some columns, ascending, are excluded; false if nothing is.
+  bool resum(Row* row, const std::vector<int32_t>& columns, const Team& team) {
+    LogitRow rest = logits(*row);
+    rest.excluded = columns.data();
+    rest.num_excluded = static_cast<int64_t>(columns.size());
+    expect_blocks();
+    team(blocks(), [&](int64_t block) { read(rest, block); });
+    sum(row);
+    return row->total > 0.0;
+  }
+
+  // Probability of each block, of the row that was settled last.
+  void masses(const Row& row, std::vector<double>* out) const {
+    // A block of less than this has no probability that fp32 can tell from 0, so nothing could be drawn from it.
+    constexpr double kNothing = 0x1p-100;
+    out->resize(sums_.size());
+    for (size_t i = 0; i < sums_.size(); ++i) {
+      const double mass = mass_of(sums_[i], row.peak);
+      (*out)[i] = mass < kNothing * row.total ? 0.0 : mass / row.total;
+    }
+  }
+
+  float probability(const Row& row, int32_t token) const {
+    if (row.point >= 0) return token == row.point ? 1.0f : 0.0f;
+    const int64_t column = rows_.column_of(first_ + row.node, token);
+    if (column < 0) return 0.0f;
+    const float x = rows_.logit(first_ + row.node, column);
+    if (x < row.cut) return 0.0f;
+    return std::exp2((x - row.peak) * slope_) * static_cast<float>(1.0 / row.total);
+  }
+
+  float logprob(const Row& row, int32_t token) const {
+    constexpr float kNever = -std::numeric_limits<float>::infinity();
+    if (row.point >= 0) return token == row.point ? 0.0f : kNever;
+    const int64_t column = rows_.column_of(first_ + row.node, token);
+    const float x = column < 0 ? kNever : rows_.logit(first_ + row.node, column);
+    if (x < row.cut) return kNever;
+    return static_cast<float>((static_cast<double>(x) - row.peak) * inverse_ - std::log(row.total));
+  }
+
+  const LogitRows& rows() const { return rows_; }
+
+  double mass_of(const BlockSum& block, float peak) const {
+    return block.sum * std::exp2((static_cast<double>(block.peak) - peak) * slope_);
+  }
 
  private:
-  double excess(int64_t block) const { return kernels_.excess(p_.row(), p_.softmax(), &subtracted_, weighted_, block); }
+  void sum(Row* row) const {
+    row->peak = -std::numeric_limits<float>::infinity();
+    for (const BlockSum& block : sums_) row->peak = std::max(row->peak, block.peak);
+    row->total = sampled() ? 0.0 : 1.0;
+    for (size_t i = 0; sampled() && i < sums_.size(); ++i) row->total += mass_of(sums_[i], row->peak);
+  }
 
-  static constexpr float kPointLogit = 0.0f;
-
-  const VerifyKernels& kernels_;
-  const LogitRows& target_rows_;
-  const LogitRows& draft_rows_;
-  const Team team_;
-  Distribution p_, q_;
+  const LogitRows& rows_;
+  const Kernels& kernels_;
+  CutFinder<Team>& cut_of_;
   int64_t first_ = 0;
-  float temperature_ = 1.0f, draft_temperature_ = 1.0f;
-  int32_t point_ = -1;     // the draft's point mass, where it is one
-  LogitRow subtracted_{};  // q as residual_mass left it for draw, weighted by c
-  Softmax weighted_{};
-  std::vector<double> residual_;  // [blocks] sums of (p - c q)+
+  Filters filters_{};
+  float inverse_ = 1.0f, slope_ = 1.0f;
+  std::vector<BlockSum> sums_;
 };
 
 }  // namespace specdec

@@ -1,6 +1,7 @@
 """Verifiers that look at a whole path or tree before they decide: block and traversal verification.
 
-Both carry a weight w <= 1 of each node, the share of its probability that its draft can still claim.
+Both carry a weight w <= 1 of each node, the share of its probability that its draft can still claim. A node of w = 0 is
+rejected with all below it, so no row there is read; what such rows hold cannot make a request unsound.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ def block(tree: TreeView, target: Rows, draft: Rows | None, coins: Coins):
         token = tree.tokens[:, min(i + 1, tree.tokens.shape[1] - 1)]
         weights, q_sound = (None, inner) if draft is None else draft.log_weights(tree.row(here), requests)
         q = draft_of(weights, token, like=p)
-        sound = sound & (~inner | (p_sound & q_sound))
+        sound = sound & (~(inner & (w > 0)) | (p_sound & q_sound))
         left = (w[:, None] * p - q).clamp(min=0)
         share = torch.where(inner, _hold(w, left.sum(1)), w)
         holds = i <= length
@@ -60,20 +61,17 @@ def traversal(tree: TreeView, target: Rows, draft: Rows | None, coins: Coins, *,
     batch, width = tree.tokens.shape
     device = tree.starts.device
     requests = torch.arange(batch, device=device)
-    inner = tree.has_children() & tree.valid
     node = torch.arange(width, device=device)
-    P, Q, p_sound = [], [], []
-    sound = torch.ones(batch, dtype=torch.bool, device=device)
+    P, Q, p_sound, row_sound = [], [], [], []
     for j in range(width):
         p, ok = target.probs(tree.row(requests * 0 + j), requests)
         q, q_ok = (None, ok) if draft is None else draft.log_weights(tree.row(requests * 0 + j), requests)
-        sound &= ~inner[:, j] | (ok & q_ok)
         P.append(p)
         Q.append(q)
         p_sound.append(ok)
-    if not width:
-        P, p_sound = [torch.zeros(batch, target.vocabulary, device=device)], [sound]
-    P, p_sound = torch.stack(P, 1), torch.stack(p_sound, 1)
+        row_sound.append(ok & q_ok)
+    P, p_sound, row_sound = (torch.stack(x, 1) for x in (P, p_sound, row_sound))
+    sound = torch.ones(batch, dtype=torch.bool, device=device)
     Q = None if draft is None else torch.stack(Q, 1)
     parent = tree.parents.clamp(min=0)
     alive = tree.valid.clone()
@@ -89,6 +87,9 @@ def traversal(tree: TreeView, target: Rows, draft: Rows | None, coins: Coins, *,
             w = torch.where(held.isnan() & (node > 0), given, w)
         leaf = _first_leaf(tree, alive)
         open_ = end < 0
+        above = tree.path_to(leaf)
+        read = (above >= 0) & (above != leaf[:, None]) & (w.gather(1, above.clamp(min=0)) > 0)
+        sound &= ~(open_[:, None] & read & ~row_sound.gather(1, above.clamp(min=0))).any(1)
         share = torch.where(leaf == 0, root_w, w.gather(1, leaf[:, None])[:, 0])
         hit = coins.accept(Draws(leaf, leaf[:, None]), 0, torch.ones_like(share), share, open_ & (leaf > 0))
         end = torch.where(open_ & (hit | (leaf == 0)), leaf, end)
@@ -99,7 +100,8 @@ def traversal(tree: TreeView, target: Rows, draft: Rows | None, coins: Coins, *,
         p_up, w_up = P[requests, up], w[requests, up]
         weights = None if Q is None else Q[requests, up]
         left = (w_up[:, None] * p_up - draft_of(weights, x, like=p_up)).clamp(min=0)
-        P[requests, up] = torch.where(gone[:, None], normalised(left, p_up), p_up)
+        whole, _ = target.probs(tree.row(up), requests)
+        P[requests, up] = torch.where(gone[:, None], normalised(left, whole), p_up)
         new_w = torch.where(up == 0, 1.0, _hold(w_up, left.sum(1)))
         held[requests, up] = torch.where(gone, new_w, held[requests, up])
         if Q is not None and not replacement:

@@ -19,9 +19,11 @@ class Draws(NamedTuple):
 
 
 class Coins:
-    """Uniform numbers of every decision, from explicit tensors or from Philox."""
+    """Every decision: uniform numbers from explicit tensors or from Philox, and the lossy hooks that bend them."""
 
-    def __init__(self, starts, seed=None, offset=None, accept_uniforms=None, final_uniforms=None):
+    def __init__(
+        self, starts, seed=None, offset=None, accept_uniforms=None, final_uniforms=None, judge=None, lenience=1.0
+    ):
         """Explicit uniforms where they are given, else the stream.
 
         Args:
@@ -29,9 +31,12 @@ class Coins:
             seed, offset: [B] int64, Philox key and counter.
             accept_uniforms: [N] fp32 in [0, 1), indexed by packed node.
             final_uniforms: [B] fp32 in [0, 1).
+            judge: [N] bool, packed nodes that are accepted whatever their coin says.
+            lenience: factor of q in every test of a coin.
         """
         self.starts, self.seed, self.offset = starts, seed, offset
         self.accept_uniforms, self.final_uniforms = accept_uniforms, final_uniforms
+        self.judge, self.lenience = judge, lenience
 
     def _of_node(self, node: Tensor, repeat: Tensor | None = None) -> Tensor:
         if self.accept_uniforms is None:
@@ -42,14 +47,24 @@ class Coins:
         return torch.where(repeat > 0, philox.coins(self.seed, self.offset, philox.ACCEPT, node, repeat), given)
 
     def accept(self, draws: Draws, j: int, q: Tensor, p: Tensor, active: Tensor) -> Tensor:
-        """[B] bool: `u * q < p` for draw j of each request. Strict, so that p = 0 is never accepted."""
+        """[B] bool: `u * q < p` for draw j of each request. Strict, so that p = 0 is accepted by a judge only."""
         u = self._of_node(draws.nodes[:, j], None if draws.repeat is None else draws.repeat[:, j])
-        return u.to(p.dtype) * q < p
+        return (u.to(p.dtype) * (q * self.lenience) < p) | self.judged(draws.nodes[:, j : j + 1])[:, 0]
 
     def pick(self, draws: Draws, node: Tensor, weights: Tensor, mask: Tensor) -> Tensor:
-        """[B] int64: first column whose running sum of `weights` [B, C] exceeds the coin of `node`, -1 if none does."""
-        under = mask & (self._of_node(node).to(weights.dtype)[:, None] < weights.cumsum(1))
+        """[B] int64: first column whose running sum of `weights` [B, C] exceeds the coin of `node`, -1 if none does.
+
+        A judged column needs no coin.
+        """
+        under = self._of_node(node).to(weights.dtype)[:, None] < weights.cumsum(1)
+        under = mask & (under | self.judged(draws.nodes))
         return torch.where(under.any(1), under.to(torch.int8).argmax(1), -1)
+
+    def judged(self, nodes: Tensor) -> Tensor:
+        """[B, C] bool: which of `nodes` [B, C] the judge accepts."""
+        if self.judge is None or not len(self.judge):
+            return torch.zeros_like(nodes, dtype=torch.bool)
+        return self.judge[(self.starts[:, None] + nodes).clamp(0, len(self.judge) - 1)]
 
     def order(self, parent: Tensor, counts: Tensor) -> Tensor:
         """[B, D] columns of a uniformly random order of merged draws, -1 past the last; `counts` is [B, C] int64.
@@ -76,8 +91,8 @@ class Coins:
 
 
 class NoCoins(Coins):
-    """Greedy verification: every coin is 0, so a token is accepted iff it has positive probability."""
+    """Greedy verification: every coin is 0, so a token is accepted iff it has positive probability, or is judged."""
 
-    def __init__(self, starts):
+    def __init__(self, starts, judge=None):
         zeros = torch.zeros(max(len(starts), 1), dtype=torch.float32, device=starts.device)
-        super().__init__(torch.zeros_like(starts), accept_uniforms=zeros, final_uniforms=zeros[: len(starts)])
+        super().__init__(starts, accept_uniforms=zeros, final_uniforms=zeros[: len(starts)], judge=judge)

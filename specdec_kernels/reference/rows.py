@@ -9,11 +9,18 @@ from torch import Tensor
 class Rows:
     """Rows of `logits` as processed probabilities over the target vocabulary.
 
-    Order: allowed mask -> temperature -> top_k -> top_p (on what top_k left) -> min_p. Ties at a threshold stay in.
-    Temperature 0 is a point mass at the largest logit, the lowest id among equals.
+    Order: mixing -> allowed mask -> temperature -> top_k -> top_p (on what top_k left) -> min_p. Temperature 0 is a
+    point mass at the largest logit, the lowest id among equals. All thresholds are on z = (x - max) / T, difference and
+    quotient rounded to fp32 (fp64 for fp64 logits), and what ties with a threshold stays in:
+        top_k  keeps z >= the k-th largest z
+        top_p  keeps z >= the first z, in descending order, at which the fp64 softmax has summed up to top_p or more
+        min_p  keeps z >= log(min_p), compared in fp64
     """
 
-    def __init__(self, logits, vocabulary, *, vocab=None, params=None, scalars=(1.0, 0.0, 1.0, 0.0), allowed=None):
+    def __init__(
+        self, logits, vocabulary, *, vocab=None, params=None, scalars=(1.0, 0.0, 1.0, 0.0), allowed=None,
+        mixed=None, mix=0.0,
+    ):  # fmt: skip
         """Rows over a vocabulary of V ids.
 
         Args:
@@ -23,12 +30,21 @@ class Rows:
             params: [B, 4] fp32 temperature, top_k, top_p, min_p of each request; replaces `scalars`.
             scalars: the four numbers for all requests.
             allowed: [N, ceil(V/32)] int32 bit mask over target ids.
+            mixed: [N, V] further logits, of which a share `mix` replaces `logits`; None: none.
         """
+        self.mixed, self.mix = mixed, mix
         self.logits, self.vocabulary, self.allowed = logits, vocabulary, allowed
         self.dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
         self.columns = torch.arange(vocabulary, device=logits.device) if vocab is None else vocab.to(torch.int64)
         self.compact = vocab is not None
         self.params = torch.tensor([scalars], dtype=torch.float32, device=logits.device) if params is None else params
+
+    def _logits(self, rows: Tensor) -> Tensor:
+        z = self.logits[rows].to(self.dtype)
+        if self.mixed is None:
+            return z
+        mix = torch.tensor(self.mix, dtype=self.dtype, device=z.device)
+        return (1 - mix) * z + mix * self.mixed[rows].to(self.dtype)
 
     def log_weights(self, rows: Tensor, requests: Tensor) -> tuple[Tensor, Tensor]:
         """([M, V] logarithms of unnormalised probabilities, [M] whether the row is sound) of `rows` [M] int64.
@@ -36,12 +52,12 @@ class Rows:
         The rows belong to `requests` [M]. The largest weight is 1. Logarithms, because what is left of a peaked row
         once its peak is taken away has underflowed as probabilities, but not as logarithms.
         """
-        z = self.logits[rows].to(self.dtype)
+        z = self._logits(rows)
         if self.allowed is not None:
             words = self.allowed[rows][:, self.columns >> 5]
             z = z.masked_fill((words >> (self.columns & 31).to(torch.int32)) & 1 == 0, -torch.inf)
         sound = ~(z.isnan() | (z == torch.inf)).any(1) & (z > -torch.inf).any(1)
-        settings = self.params.expand(max(len(self.params), 1), 4)[requests if len(self.params) > 1 else requests * 0]
+        settings = self.params[requests * 0 if len(self.params) == 1 else requests]
         z = _filtered(z, *settings.unsqueeze(2).unbind(1)) if z.shape[1] else z
         if self.compact:
             inside = (self.columns >= 0) & (self.columns < self.vocabulary)
@@ -69,7 +85,7 @@ def _filtered(z: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_
         mass = ranked.softmax(1, dtype=torch.float64).cumsum(1)
         last = (mass < top_p.double()).sum(1, keepdim=True).clamp(max=z.shape[1] - 1)
         z = z.masked_fill((top_p < 1) & (z < ranked.gather(1, last)), -torch.inf)
-    z = z.masked_fill(z.exp() < min_p.to(z.dtype), -torch.inf)
+    z = z.masked_fill(z.double() < min_p.double().log(), -torch.inf)
     return torch.where(temperature > 0, z, greedy)
 
 

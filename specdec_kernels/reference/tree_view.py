@@ -9,7 +9,8 @@ from torch import Tensor
 class TreeView:
     """Padded [B, n] tables of packed trees; node indices are local to a tree.
 
-    A node whose token is outside [0, V) is no draft: neither it nor what hangs below it is there.
+    A node whose token is outside [0, V) is no draft: neither it nor what hangs below it is there. Nor is what lies
+    deeper than max_depth.
     """
 
     def __init__(self, tokens, parents, cu_nodes, counts, max_nodes, max_depth, vocabulary):
@@ -33,7 +34,7 @@ class TreeView:
         for _ in range(max_depth):
             self.valid = self.valid & self.valid.gather(1, above)
             self.depths = torch.where(self.parents >= 0, self.depths.gather(1, above) + 1, 0)
-        self.valid &= (self.parents >= 0) | (column == 0)
+        self.valid &= ((self.parents >= 0) & (self.depths <= max_depth)) | (column == 0)
 
     def _take(self, packed: Tensor) -> Tensor:
         return packed[self._packed] if len(packed) else packed.new_zeros(self._packed.shape)

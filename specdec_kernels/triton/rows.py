@@ -11,6 +11,30 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
+# Of a temperature near 0 the reciprocal overflows; a finite one still makes 0 * inverse = 0 at the peak.
+LARGEST_INVERSE = tl.constexpr(1.7e38)
+
+
+class Rows(NamedTuple):
+    """The logits of all nodes and what one request makes of them. Strides are in elements."""
+
+    data: tl.tensor  # pointer to [N, size] logits; None: no logits, each token was a point mass
+    stride: tl.tensor
+    column_stride: tl.tensor
+    size: tl.tensor  # columns: V, or R with vocab
+    words: tl.tensor  # pointer to the [N, ceil(V/32)] allowed bit mask over token ids, or None
+    words_stride: tl.tensor
+    word_stride: tl.tensor
+    vocab: tl.tensor  # pointer to [R] ascending token ids of the columns; None: column = token id
+    other: tl.tensor  # pointer to [N, size] logits that are mixed in, or None
+    other_stride: tl.tensor
+    other_column_stride: tl.tensor
+    mix: tl.tensor  # fp32 share of `other`
+    temperature: tl.tensor  # fp32
+    top_k: tl.tensor  # fp32 each; None where no request filters
+    top_p: tl.tensor
+    min_p: tl.tensor
+
 
 class Row(NamedTuple):
     """One row of logits and how it becomes probabilities."""
@@ -21,31 +45,83 @@ class Row(NamedTuple):
     words: tl.tensor  # pointer to the row of the allowed bit mask over token ids, or None
     words_stride: tl.tensor  # elements between words
     vocab: tl.tensor  # pointer to [R] ascending token ids of the columns; None: column = token id
+    other: tl.tensor  # pointer to the first logit that is mixed in, or None
+    other_stride: tl.tensor  # elements between its columns
+    mix: tl.tensor  # fp32 share of `other`
+    cut: tl.tensor  # fp32; smaller logits are filtered out
     inverse_temperature: tl.tensor  # fp32; 1 where greedy
     greedy: tl.tensor  # int1, a point mass at the largest logit instead of a softmax
 
 
 class Lse(NamedTuple):
-    """What one pass over a row finds."""
+    """What passes over a row found."""
 
     top: tl.tensor  # fp32, the largest logit
     best: tl.tensor  # its lowest column
-    mass: tl.tensor  # fp32, sum of exp((x - top) / temperature)
+    mass: tl.tensor  # fp32, sum of exp((x - top) / temperature) over what the filters leave
+    cut: tl.tensor  # fp32, smaller logits are filtered out
+
+
+@triton.jit
+def no_lse():
+    """Lse of a row that was not read."""
+    zero = tl.full((), 0.0, tl.float32)
+    return Lse(top=zero, best=tl.full((), 0, tl.int32), mass=zero, cut=zero)
+
+
+@triton.jit
+def row_at(rows, i, cut_at):
+    """Row i, of which logits below `cut_at` are filtered out."""
+    hot = rows.temperature > 0
+    data, words, other = rows.data, rows.words, rows.other
+    if data is not None:
+        data += i * rows.stride
+    if words is not None:
+        words += i * rows.words_stride
+    if other is not None:
+        other += i * rows.other_stride
+    return Row(
+        data=data, stride=rows.column_stride, size=rows.size, words=words, words_stride=rows.word_stride,
+        vocab=rows.vocab, other=other, other_stride=rows.other_column_stride, mix=rows.mix, cut=cut_at,
+        inverse_temperature=tl.minimum(1.0 / tl.where(hot, rows.temperature, 1.0), LARGEST_INVERSE), greedy=~hot,
+    )  # fmt: skip
 
 
 @triton.jit
 def logits_at(row, column, inside, token):
-    """fp32 logits of `column`, -inf where not `inside` or where the mask does not allow `token`."""
+    """fp32 logits of `column`, -inf where not `inside`, filtered out, or `token` is not allowed. NaN stays NaN."""
     x = tl.load(row.data + column.to(tl.int64) * row.stride, mask=inside, other=-float("inf")).to(tl.float32)
+    if row.other is not None:
+        y = tl.load(row.other + column.to(tl.int64) * row.other_stride, mask=inside, other=-float("inf"))
+        x = tl.where(inside, (1.0 - row.mix) * x + row.mix * y.to(tl.float32), -float("inf"))
     if row.words is not None:
         word = tl.load(row.words + (token >> 5).to(tl.int64) * row.words_stride, mask=inside, other=0)
         x = tl.where(((word >> (token & 31)) & 1) != 0, x, -float("inf"))
-    return x
+    return tl.where(x < row.cut, -float("inf"), x)
 
 
 @triton.jit
-def lse(row, V, BLOCK: tl.constexpr):
-    """One pass over a row; see Lse.
+def first_in(out, start, BLOCK: tl.constexpr):
+    """The smallest of the ids `out` that lies in start .. start+BLOCK-1; 2^31-1 where none does."""
+    return tl.min(tl.where((out >= start) & (out - start < BLOCK), out, 2147483647), 0)
+
+
+@triton.jit
+def struck(values, out, start, filler, BLOCK: tl.constexpr):
+    """`values` of the ids start .. start+BLOCK-1 with `filler` at the ids `out` (-1: none)."""
+    v = start + tl.arange(0, BLOCK)
+    left = out
+    gone = first_in(left, start, BLOCK)
+    while gone < 2147483647:
+        values = tl.where(v == gone, filler, values)
+        left = tl.where(left == gone, -1, left)
+        gone = first_in(left, start, BLOCK)
+    return values
+
+
+@triton.jit
+def lse(row, V, out, BLOCK: tl.constexpr):
+    """One pass over a row without the columns `out` (None: all of it).
 
     Each lane keeps its own running maximum and sum, so that the loop has no reduction in it. The sum also tells whether
     the row is sound: a finite largest logit adds 1, nothing finite leaves 0, and NaN or +inf make it NaN.
@@ -62,6 +138,8 @@ def lse(row, V, BLOCK: tl.constexpr):
             token = tl.load(row.vocab + column, mask=inside, other=-1)
             inside = inside & (token >= 0) & (token < V)
         x = logits_at(row, column, inside, token)
+        if out is not None:
+            x = struck(x, out, start, -float("inf"), BLOCK)
         best = tl.where(x > peak, column, best)
         new = tl.maximum(peak, x)
         base = tl.where(new == -float("inf"), 0.0, new)  # -inf - -inf would be NaN
@@ -71,7 +149,7 @@ def lse(row, V, BLOCK: tl.constexpr):
     top = tl.max(peak, 0)
     base = tl.where(top == -float("inf"), 0.0, top)
     mass = tl.sum(total * tl.exp((peak - base) * row.inverse_temperature), 0)
-    return Lse(top=top, best=tl.min(tl.where(peak == top, best, row.size), 0), mass=mass)
+    return Lse(top=top, best=tl.min(tl.where(peak == top, best, row.size), 0), mass=mass, cut=row.cut)
 
 
 @triton.jit
@@ -95,22 +173,36 @@ def logprob(row, found, x, column):
 
 
 @triton.jit
+def entropy(row, found, V, BLOCK: tl.constexpr):
+    """Entropy in nats of a row of the target."""
+    lane = tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, row.size, BLOCK):
+        column = start + lane
+        z = (logits_at(row, column, column < row.size, column) - found.top) * row.inverse_temperature
+        weight = tl.exp(z)
+        total += tl.where(weight > 0, weight * z, 0.0)
+    soft = tl.log(found.mass) - tl.sum(total, 0) / found.mass
+    return tl.where(row.greedy, 0.0, soft)
+
+
+@triton.jit
 def column_of(row, token):
     """(column of `token`, whether the row has it): a binary search where the row has a trimmed vocabulary."""
-    if row.vocab is None:
-        low = token
-        present = token < row.size
+    column = token
+    if row.vocab is not None:
+        column = token * 0
+        span = row.size
+        while span > 1:
+            half = span // 2
+            low = tl.load(row.vocab + column + half - 1) < token
+            column = tl.where(low, column + half, column)
+            span -= half
+        column += (tl.load(row.vocab + column, mask=column < row.size, other=2147483647) < token).to(tl.int32)
+        present = tl.load(row.vocab + column, mask=column < row.size, other=-1) == token
     else:
-        low = token * 0
-        high = low + row.size
-        while low < high:
-            middle = low + (high - low) // 2
-            if tl.load(row.vocab + middle) < token:
-                low = middle + 1
-            else:
-                high = middle
-        present = tl.load(row.vocab + low, mask=low < row.size, other=-1) == token
-    return low, present
+        present = token < row.size
+    return column, present & (token >= 0)
 
 
 @triton.jit
@@ -132,60 +224,3 @@ def block_columns(row, start, cursor, v, inside, BLOCK: tl.constexpr):
         present = inside & (count > 0) & (column < row.size)
         cursor += tl.sum(here.to(tl.int32), 0)
     return column, present, cursor
-
-
-@triton.jit
-def residual_block(start, cursor, c, target, p_found, draft, q_found, drafted, BLOCK: tl.constexpr):
-    """(weights (p - c q)+ of the tokens start .. start+BLOCK-1, the next block's cursor).
-
-    Without a draft row q is a point mass at `drafted`. The target is not greedy: then its token is known.
-    """
-    v = start + tl.arange(0, BLOCK)
-    inside = v < target.size
-    weights = prob(target, p_found, logits_at(target, v, inside, v), v)
-    if c > 0:
-        if draft.data is None:
-            q = (v == drafted).to(tl.float32)
-        else:
-            column, present, cursor = block_columns(draft, start, cursor, v, inside, BLOCK)
-            q = tl.where(present, prob(draft, q_found, logits_at(draft, column, present, v), column), 0.0)
-        weights = tl.maximum(weights - c * q, 0.0)
-    return weights, cursor
-
-
-@triton.jit
-def residual_mass(c, target, p_found, draft, q_found, drafted, BLOCK: tl.constexpr):
-    """Sum of (p - c q)+, in fp64 over block sums."""
-    total = tl.full((), 0.0, tl.float64)
-    cursor = 0
-    for start in range(0, target.size, BLOCK):
-        weights, cursor = residual_block(start, cursor, c, target, p_found, draft, q_found, drafted, BLOCK)
-        total += tl.sum(weights, 0).to(tl.float64)
-    return total
-
-
-@triton.jit
-def draw(ticket, c, target, p_found, draft, q_found, drafted, BLOCK: tl.constexpr):
-    """The first token at which the running sum of (p - c q)+ exceeds `ticket`, fp64 in [0, residual mass).
-
-    Block sums find the block, a scan of that block finds the token. Where rounding leaves the scan at or under the
-    ticket, the last token with weight is drawn, never one without.
-    """
-    lane = tl.arange(0, BLOCK)
-    before = tl.full((), 0.0, tl.float64)
-    token = p_found.best
-    cursor = 0
-    start = 0
-    while start < target.size:
-        weights, cursor = residual_block(start, cursor, c, target, p_found, draft, q_found, drafted, BLOCK)
-        last = tl.max(tl.where(weights > 0, lane, -1), 0)
-        token = tl.where(last >= 0, start + last, token)
-        after = before + tl.sum(weights, 0).to(tl.float64)
-        if after > ticket:
-            above = (tl.cumsum(weights, 0) > (ticket - before).to(tl.float32)) & (weights > 0)
-            token = start + tl.min(tl.where(above, lane, last), 0)
-            start = target.size
-        else:
-            before = after
-            start += BLOCK
-    return token

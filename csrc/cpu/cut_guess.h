@@ -1,0 +1,120 @@
+// Where the search of cut.h looks next: a bracket around the logit it is after, from a sample of the row.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <optional>
+#include <vector>
+
+#include "select.h"
+
+namespace specdec {
+
+// Floats numbered in their order; 0 and -0 are one.
+inline int64_t number_of(float x) {
+  int32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return bits >= 0 ? int64_t{bits} : -int64_t{bits & 0x7FFFFFFF};
+}
+
+inline float float_of(int64_t number) {
+  const uint32_t bits = number >= 0 ? static_cast<uint32_t>(number) : 0x80000000u | static_cast<uint32_t>(-number);
+  float x;
+  std::memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
+inline float z_of(const Scale& scale, float x) { return (x - scale.peak) / scale.temperature; }
+inline double weight_of(const Scale& scale, float x) { return std::exp(static_cast<double>(z_of(scale, x))); }
+
+// The largest logit from which on a row, with what lies over it, weighs `target`.
+struct Goal {
+  bool by_mass;   // e^z, else every logit weighs 1
+  double weight;  // of the row
+  double target = 0.0;
+  double over = 0.0;   // weight of what was above the row when it was stored
+  double slack = 0.0;  // target is known to within this much
+  double share = 0.0;  // above 0: weight is a guess as yet, and target is this share of it
+};
+
+// It is in [low, high).
+struct Range {
+  float low = std::numeric_limits<float>::lowest(), high = std::numeric_limits<float>::infinity();
+  std::optional<double> below;  // weight of the row's x < low, once it is known
+};
+
+struct Guess {
+  Bracket bracket;
+  double from_low;  // about how many logits are not below bracket.low
+  double below;     // and how much the others weigh
+};
+
+// Shorter rows are not worth a guess.
+constexpr int64_t kFew = 512;
+
+class Guesser {
+ public:
+  explicit Guesser(const SelectKernels& kernels) : kernels_(kernels) {}
+
+  // A bracket inside a range, by the part of a sample that is in it. After some rounds, whatever the row is like, the
+  // middle third of the floats in the range: then no search takes more than some twenty rounds.
+  Guess operator()(const LogitRow& row, const Scale& scale, const Goal& goal, const Range& range, int round) {
+    Guess guess{{range.low, range.high}, static_cast<double>(row.columns), 0.0};
+    if (row.columns <= kFew) return guess;
+    if (round < kSampledRounds) {
+      draw(row, round == 0 ? 512 : 4096);
+      narrow(row, scale, goal, range, &guess);
+      if (round == 0 || guess.bracket.low > range.low || guess.bracket.high < range.high) return guess;
+    }
+    const int64_t low = number_of(range.low), third = (number_of(range.high) - low) / 3;
+    guess.bracket = {float_of(low + third), float_of(low + std::max<int64_t>(1, 2 * third))};
+    return guess;
+  }
+
+ private:
+  static constexpr int kSampledRounds = 3;
+
+  void draw(const LogitRow& row, int64_t size) {
+    const int64_t stride = std::max<int64_t>(32, row.columns * kClusterSize / size / 32 * 32);
+    sample_.resize((row.columns / stride + 1) * kClusterSize + 16);
+    sample_.resize(kernels_.sample(row, stride, sample_.data()));
+    std::sort(sample_.begin(), sample_.end());
+  }
+
+  // Adds up from the lightest logit, because a sample knows little of the few that are heavy.
+  void narrow(const LogitRow& row, const Scale& scale, const Goal& goal, const Range& range, Guess* guess) {
+    constexpr double kSpread = 3.0;  // standard deviations of a sum
+    const auto number = static_cast<double>(sample_.size());
+    const double each = static_cast<double>(row.columns) / number;  // so many logits stand behind one of the sample
+    weights_.resize(sample_.size());
+    double all = 0.0;
+    for (size_t i = 0; i < sample_.size(); ++i) all += weights_[i] = goal.by_mass ? weight_of(scale, sample_[i]) : 1.0;
+    const double weight = goal.share > 0.0 ? std::max(goal.weight, all * each) : goal.weight;
+    // What lies below the logit that is looked for.
+    const double wanted = weight + goal.over - (goal.share > 0.0 ? goal.share * weight : goal.target);
+    const double base = range.below.value_or(0.0);
+    double sum = 0.0, squares = 0.0;
+    for (size_t i = 0; i < sample_.size() && sample_[i] < range.high; ++i) {
+      const float x = sample_[i];
+      if (x < range.low && range.below) continue;
+      const double spread = kSpread * std::sqrt(std::max(0.0, squares - sum * sum / number)) + 2.0 * weights_[i];
+      if (base + each * (sum + spread) <= wanted && x > guess->bracket.low)
+        *guess = {{x, range.high}, each * static_cast<double>(sample_.size() - i), base + each * sum};
+      if (base + each * (sum - spread) >= wanted && x > range.low) {
+        guess->bracket.high = std::max(x, float_of(number_of(guess->bracket.low) + 1));
+        break;
+      }
+      sum += weights_[i];
+      squares += weights_[i] * weights_[i];
+    }
+  }
+
+  const SelectKernels& kernels_;
+  std::vector<float> sample_;
+  std::vector<double> weights_;
+};
+
+}  // namespace specdec
