@@ -145,7 +145,7 @@ def picture(conditions: dict[str, dict], path: Path, title: str) -> None:
 
     columns = min(2, len(conditions))
     rows = -(-len(conditions) // columns)
-    figure = Figure(figsize=(5.2 * columns + 2.6, 4.2 * rows + 0.6), layout="constrained")
+    figure = Figure(figsize=(6 * columns, 4.6 * rows + 1.2), layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flatten()
     for panel, (name, found) in zip(panels, conditions.items(), strict=False):
@@ -154,17 +154,20 @@ def picture(conditions: dict[str, dict], path: Path, title: str) -> None:
             k = range(1, len(line) + 1)
             panel.plot(k, 100 * line, label=method, **STYLES[method])
             if curve.measured is not None:
-                dots = {"fmt": ".", "markersize": 3, "color": STYLES[method]["color"], "linewidth": 1.2}
+                dots = {"fmt": ".", "markersize": 4, "color": STYLES[method]["color"], "linewidth": 1.2}
                 panel.errorbar(k, 100 * curve.measured, 200 * curve.error, **dots)
         panel.set_title(name, fontsize=10)
-        panel.grid(alpha=0.3)
-        panel.label_outer()
-    for panel in panels:
         panel.set_xlabel("siblings k")
         panel.set_ylabel("one of them is accepted, %")
+        panel.grid(alpha=0.3)
+        panel.label_outer()
+    for panel in panels[len(conditions) :]:
+        panel.set_visible(False)
     handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right upper", fontsize=9, frameon=False)
-    figure.suptitle(title, fontsize=12)
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=9, frameon=False)
+    figure.suptitle(
+        f"{title}\nlines: closed forms where there are; dots: verify_tree, two standard errors", fontsize=11
+    )
     figure.savefig(path, dpi=130)
 
 
@@ -186,7 +189,8 @@ def main() -> int:
             name = f"temperature {temperature}, {head}"
             rows = [make_row(*pair_of_rows, vocab, temperature) for pair_of_rows in zip(target, draft, strict=True)]
             print(name, file=sys.stderr)
-            found = curves(rows, arguments.most, arguments.trials, arguments.seed, arguments.backend)
+            seed = arguments.seed + len(conditions)  # their errors are independent
+            found = curves(rows, arguments.most, arguments.trials, seed, arguments.backend)
             wrong += [f"{name}: {line}" for line in complaints(found, len(rows) * arguments.trials)]
             conditions[name] = found
     arguments.out.mkdir(parents=True, exist_ok=True)

@@ -35,7 +35,7 @@ def make_row(target: Tensor, draft: Tensor, vocab: Tensor | None, temperature: f
 def draws(method: str, q: Tensor, k: int, trials: int, generator: torch.Generator) -> Tensor:
     """[trials, k] int64 siblings, drawn from `q` [V] as the method expects them."""
     if method in ("without_replacement", "traversal"):
-        return torch.multinomial(q.expand(trials, -1), k, generator=generator)
+        return torch.multinomial(q.float().expand(trials, -1), k, generator=generator)
     if method in ("multi_round", "k_seq"):
         return torch.multinomial(q, trials * k, replacement=True, generator=generator).view(trials, k)
     if method == "target_only":

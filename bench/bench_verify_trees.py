@@ -68,7 +68,8 @@ def measure(benchmark, dtype, batch: int, method: str, params=SamplingParams(), 
         benchmark,
         in_turn(ops),
         {name: in_turn([other[name] for other in others]) for name in others[0]},
-        memory=torch.zeros_like(cases[0].target),  # its own, so that the limit leaves the rows' place in the caches
+        # As much as all logits of the target, so that the limit has no better place in the caches; but not the logits.
+        memory=torch.zeros_like(cases[0].target).repeat(len(cases), 1),
         bytes_read=sum(case.bytes_read(method) for case in cases),
         rounds=rounds,
     )

@@ -39,7 +39,7 @@ on_device = pytest.mark.skipif(
 def test_under_the_interpreter(which, least):
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", which, str(Path(__file__))]
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=1800)
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=3600)
     print(done.stdout, done.stderr, sep="\n")
     assert done.returncode == 0
     passed = re.search(r"(\d+) passed", done.stdout)
@@ -157,7 +157,7 @@ def test_all_settings(V, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("V", [32000, 262144])
 def test_large_vocabularies(V, dtype):
-    check_kinds(V, DTYPES[dtype], [0, 3] if V > 100000 else [1, 5, 8])
+    check_kinds(V, DTYPES[dtype], [4 * list(DTYPES).index(dtype)] if V > 100000 else [1, 5, 8])
 
 
 @on_device
@@ -165,6 +165,24 @@ def test_large_vocabularies(V, dtype):
 def test_small_blocks(dtype):
     """Lanes overflow what is gathered of them, so that rows are sectioned."""
     check_kinds(111, DTYPES[dtype], [len(dtype)], block=32)
+
+
+@on_device
+def test_top_p_sections_what_top_k_left():
+    """In bf16 the next logit under the cut of top_k, an fp32, lies within the same key: it is gone all the same.
+
+    Beside a peak of 64, z is too coarse to tell the 40th other logit from the fp32 values just under it. The hot
+    columns share few lanes, so that these cannot hold them.
+    """
+    column = torch.arange(112)
+    rank = column % 16 * 7 + column // 16
+    logits = 2 - rank / 128
+    logits[rank == 111] = 64.0
+    logits = logits.repeat(2, 1).bfloat16()
+    cut, mass = check(logits, [(1000.0, 41, 0.975, 0.0), (1000.0, 41, 1.0, 0.0)], block=16)
+    assert mass.tolist() == [0, 0], "nothing was sectioned"
+    assert (logits >= cut[:, None]).sum(1).tolist() == [40, 41]
+    assert cut[1] < logits[1, rank == 39].item()
 
 
 @on_device
@@ -186,7 +204,7 @@ def test_ties_that_were_dismissed_count():
     """198 logits share the place of the third; top_p asks for a share of all 200, of which a lane gathers four."""
     logits = torch.full((3, 200), -3.0)
     logits[:, 7] = logits[:, 107] = 0.0
-    cut, _ = check(logits, [(1.0, 3, 0.3, 0.0), (1.0, 3, 0.1, 0.0), (1.0, 3, 1.0, 0.0)], block=16)
+    cut, _ = check(logits, [(1.0, 3, 0.2, 0.0), (1.0, 3, 0.1, 0.0), (1.0, 3, 1.0, 0.0)], block=32)
     assert cut[0] == cut[2] < cut[1]
 
 
@@ -239,7 +257,7 @@ def test_masks_and_compact_vocabularies(dtype):
 def test_mixed_rows(dtype):
     """A mixture has bits that neither of its rows has."""
     make = torch.Generator().manual_seed(5)
-    logits, other = (torch.randn(2, 6, 110, generator=make) * 3).to(DTYPES[dtype])
+    logits, other = (torch.randn(2, 6, 80, generator=make) * 3).to(DTYPES[dtype])
     share = torch.tensor(0.3)
     x = (1 - share) * logits.float() + share * other.float()
     check(logits, SETTINGS[:6], x=x, other=other, mix=0.3)

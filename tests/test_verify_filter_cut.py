@@ -160,6 +160,20 @@ def test_masses_that_hang_on_the_last_digits(kind):
     assert {1, 2, 3, 6, 12, 401} <= sizes and {2, 3, 4, 7, 13, 402} <= sizes
 
 
+@pytest.mark.parametrize("kind", ["wide", "adjacent"])
+def test_masses_that_hang_on_fp64(kind):
+    """Sums that come as close to fp32 numbers as 1e-10, where nothing short of fp64 tells on which side they are."""
+    logits = rows(kind, 128256, number=1)
+    reached = logits.sort(1, descending=True).values[0].softmax(0, dtype=torch.float64).cumsum(0)
+    apart = reached - reached.float().double()
+    for side, further in ((apart, 1), (-apart, 2)):
+        chosen = ((side > 2e-11) & (side < 2e-10) & (reached < 0.999)).nonzero()[:6, 0].tolist()
+        assert len(chosen) == 6
+        settings = [(1.0, 0, float(reached[index].float()), 0.0) for index in chosen]
+        kept = [int((logits >= cuts(logits, setting)).sum()) for setting in settings]
+        assert kept == [index + further for index in chosen]
+
+
 def test_what_a_temperature_ties_stays():
     """Different logits of one z: the smallest of them is the cut."""
     logits = torch.tensor([[0.0, -1e-8, -2e-8, -1e30]])
@@ -167,6 +181,24 @@ def test_what_a_temperature_ties_stays():
     for setting in ((1e38, 1, 1.0, 0.0), (1e38, 0, 0.1, 0.0)):
         assert_exact(logits, setting)
         assert cuts(logits, setting)[0] <= -2e-8
+
+
+@pytest.mark.parametrize("width", [3e-8, 5.6e-8, 7.5e-8, 1e-6])
+def test_ties_of_a_temperature_reach_past_what_was_looked_at(width):
+    """Thousands of logits, a handful of z: more of them are tied with the k-th than the search for it stored."""
+    logits = width * rows("flat", 9000) * 1e3
+    for top_k in (10, 50, 400):
+        for top_p in (1.0, 0.9, 0.1, 0.02):
+            assert_exact(logits, (1e38, top_k, top_p, 0.0))
+
+
+@pytest.mark.parametrize("min_p", [1e-6, 0.05, 0.1, 0.3, 0.9, 1.0])
+def test_min_p_to_the_last_digit(min_p):
+    bar = torch.tensor(min_p, dtype=torch.float32).double().log().float().clamp(max=0.0)
+    z = bar.view(torch.int32) + torch.arange(-20 if min_p < 1.0 else 0, 21, dtype=torch.int32)
+    logits = torch.cat([torch.zeros(1), -z.view(torch.float32).abs()])[None]
+    assert_exact(logits, (1.0, 0, 1.0, min_p))
+    assert min_p == 1.0 or 10 < int((logits >= cuts(logits, (1.0, 0, 1.0, min_p))).sum()) < 35
 
 
 def test_nothing_to_filter_is_no_cut():

@@ -131,7 +131,8 @@ def test_rows_the_walk_does_not_reach_change_nothing(backend, method, chain, nam
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf], ids=str)
 def test_broken_rows_stay_in_their_request(backend, method, chain, bad):
     """One row after another is broken, once in the target and once in the draft, in copies of the same request."""
-    case = random_case(Spec(method, chain, 3, 4, 9, 40, temperature=0.7))
+    vocabulary = 40 if backend == "triton" else 4500  # beyond a block; the interpreter would take minutes
+    case = random_case(Spec(method, chain, 3, 4, 9, vocabulary, temperature=0.7))
     requests = case.requests()
     whole = max(range(4), key=lambda b: len(requests[b]))
     neighbour, size = (whole + 1) % 4, len(requests[whole])
@@ -140,7 +141,7 @@ def test_broken_rows_stay_in_their_request(backend, method, chain, bad):
     for copy, node in enumerate(copies.cu_nodes[:-1:2].tolist()):
         logits = copies.target if copy < size else copies.draft
         row = logits[node + copy % size]
-        row[... if bad == -torch.inf else 17] = bad
+        row[... if bad == -torch.inf else -7] = bad
     got, expected = run(copies, backend), copies.run("reference")
     assert_same_walks(copies, got, expected, backend)
     assert (expected.num_tokens[::2] == 0).any() and (expected.num_tokens[::2] > 0).any()

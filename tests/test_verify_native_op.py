@@ -1,68 +1,85 @@
-"""The op `verify_chain` as compiled code registers it: what it refuses, how it is traced, every instruction set."""
+"""The ops of verification as compiled code registers them: what they refuse, how they are traced."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 
 import specdec_kernels as sk
-from chain_cases import random_case
 from specdec_kernels import backends
-from test_verify_native import assert_same_bits
+from tree_cases import FORM_IDS, FORMS, Case, Spec, random_case
+from verify_backends import assert_same_bits
 
 MISSING = backends.MISSING["cpu"]
 pytestmark = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
+EVERY_METHOD = pytest.mark.parametrize(("method", "chain"), FORMS, ids=FORM_IDS)
 
 
-def op_arguments(case, method="token", scalars=(1.0, 0.0, 1.0, 0.0), params=None, logprobs=False):
-    rng, off = case.options["rng"], [1.0, 0.0, 1.0, 0.0]
-    exact = (None, None, 0.0, None, 1.0)
-    sampling = (params, list(scalars), None, None, off, None, *exact, rng.seed, rng.offset, None, None, logprobs)
-    return (case.tokens, case.cu_nodes, case.target, case.draft, None, case.max_depth, method, *sampling)
+def arguments_of(case: Case, **options):
+    """(the op, {name: argument}) of the call that the public function makes."""
+    op = torch.ops.specdec_kernels.verify_chain if case.parents is None else torch.ops.specdec_kernels.verify_tree
+    results = case.run("reference", **options)
+    if results.logprobs is None:
+        results = results._replace(logprobs=torch.empty(len(results.num_tokens), 0))
+    with mock.patch("specdec_kernels.verify.library.overload") as overload:
+        overload.return_value.return_value = tuple(results)
+        case.run("cpu", **options)
+    names = [argument.name for argument in op.default._schema.arguments]
+    return op, dict(zip(names, overload.return_value.call_args.args, strict=True))
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"method": "block"}, "method 'block' is not compiled"),
-        ({"scalars": (1.0, 5.0, 1.0, 0.0)}, "top_k, top_p and min_p are not compiled"),
-        ({"params": torch.tensor([[1.0, 0.0, 0.9, 0.0]] * 7)}, "top_k, top_p and min_p are not compiled"),
+        ({"method": "block"}, "no method 'block' for trees"),
+        ({"method": "token"}, "no method 'token' for trees"),
         ({"params": torch.ones(3, 4)}, "params: expected"),
-        ({"scalars": (1.0,)}, "scalars: expected 4"),
+        ({"params": torch.ones(7, 4, dtype=torch.float64)}, "params: unexpected dtype"),
+        ({"scalars": [1.0]}, "scalars: expected 4"),
+        ({"target_logits": torch.zeros(3, 16)}, "tokens: expected"),
+        ({"draft_logits": torch.zeros(3, 16)}, "draft_logits: expected"),
+        ({"draft_logits": None}, "draft_logits: method 'k_seq' needs them"),
+        ({"draft_vocab": torch.zeros(3, dtype=torch.int32)}, "draft_logits: expected"),
+        ({"counts": torch.zeros(3, dtype=torch.int32)}, "counts: expected"),
+        ({"judge": torch.zeros(3, dtype=torch.bool)}, "judge: expected"),
+        ({"reflect_logits": torch.zeros(3, 16)}, "reflect_logits: expected"),
+        ({"synthetic": torch.zeros(99)}, "synthetic: expected"),
+        ({"accept_uniforms": torch.zeros(3)}, "accept_uniforms: expected"),
+        ({"seed": None}, "expected seed and offset, or both uniforms"),
+        ({"max_nodes": 0}, "expected max_nodes >= 1"),
+        ({"max_depth": -1}, "expected max_nodes >= 1 and max_depth >= 0"),
     ],
+    ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
 )
 def test_the_op_says_what_it_cannot_do(change, message):
+    """A call past the public function's checks is refused, not answered out of bounds."""
+    op, arguments = arguments_of(random_case(Spec("k_seq", False, 19, 7, vocabulary=16)))
     with pytest.raises(RuntimeError, match=message):
-        torch.ops.specdec_kernels.verify_chain(*op_arguments(random_case(19, 7, 16), **change))
+        op(*{**arguments, **change}.values())
 
 
 # Without padding where there are logprobs: opcheck takes NaN for a difference.
-@pytest.mark.parametrize(("longest", "logprobs"), [(4, False), (0, True)])
-def test_opcheck(longest, logprobs):
-    arguments = op_arguments(random_case(20, 3, 16, longest=longest), logprobs=logprobs)
-    torch.library.opcheck(torch.ops.specdec_kernels.verify_chain.default, arguments)
+@EVERY_METHOD
+@pytest.mark.parametrize(("nodes", "logprobs"), [(5, False), (1, True)])
+def test_opcheck(method, chain, nodes, logprobs):
+    case = random_case(Spec(method, chain, 20, 3, nodes, 16, trimmed=8, filters="k"))
+    op, arguments = arguments_of(case, logprobs=logprobs)
+    torch.library.opcheck(op.default, tuple(arguments.values()))
 
 
-def test_compiles_as_one_graph():
-    case = random_case(21, 4, 111, trimmed=30)
-    run = torch.compile(lambda target, draft: sk.verify_chain(
-        case.tokens, case.cu_nodes, target, draft, max_depth=case.max_depth, logprobs=True, **case.options
-    ), fullgraph=True)  # fmt: skip
-    assert_same_bits(run(case.target, case.draft), case.run("cpu"))
+@pytest.mark.parametrize(
+    ("method", "chain"), [("token", True), ("block", True), ("traversal", False), ("k_seq", False)]
+)
+def test_compiles_as_one_graph(method, chain):
+    case = random_case(Spec(method, chain, 21, 4, vocabulary=111, trimmed=30, filters="p"))
+    options = {"method": method, "logprobs": True, **case.options}
 
+    def verify(target, draft):
+        if chain:
+            return sk.verify_chain(case.tokens, case.cu_nodes, target, draft, max_depth=case.max_depth, **options)
+        tree = sk.DraftTree(case.tokens, case.parents, case.cu_nodes, case.max_nodes, case.max_depth)
+        return sk.verify_tree(tree, target, draft, **options)
 
-@pytest.mark.skipif("SPECDEC_CPU_ISA" in os.environ, reason="SPECDEC_CPU_ISA forces one tier")
-@pytest.mark.parametrize("isa", [] if MISSING else sys.modules["specdec_kernels._C"].tiers())
-def test_every_tier(isa):
-    """Some cases of test_verify_native.py in a process of that tier; `make test-full` runs all in every tier."""
-    tests = Path(__file__).with_name("test_verify_native.py")
-    env = {**os.environ, "SPECDEC_CPU_ISA": isa}
-    chosen = "(token_matches and 1000-torch.bfloat16) or (greedy_matches and float32) or sizes or broken"
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tests), "-k", chosen]
-    done = subprocess.run(command, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
+    assert_same_bits(torch.compile(verify, fullgraph=True)(case.target, case.draft), case.run("cpu"))

@@ -1,4 +1,4 @@
-"""The Triton backend of verify_chain against the reference: on a GPU, and everywhere under Triton's interpreter.
+"""The Triton kernel of verify_chain against the reference: on a GPU, and everywhere under Triton's interpreter.
 
 The interpreter is chosen when triton is imported, so `test_under_the_interpreter` runs this file again in a process of
 its own; in any other process the interpreted tests are skipped.
@@ -6,10 +6,6 @@ its own; in any other process the interpreted tests are skipped.
 
 from __future__ import annotations
 
-import os
-import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,11 +14,10 @@ import torch
 import specdec_kernels as sk
 from specdec_kernels import Philox, SamplingParams, backends
 from triton_cases import Case, packed_bits
+from verify_backends import INTERPRETED, in_another_process
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-ROOT = Path(__file__).resolve().parents[1]
 HALVES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -51,13 +46,7 @@ def device(request) -> str:
 @pytest.mark.skipif(INTERPRETED, reason="this is the interpreted run")
 @pytest.mark.parametrize("which, least", [("not full", 50), pytest.param("full", 5, marks=pytest.mark.full)])
 def test_under_the_interpreter(which, least):
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", which, str(Path(__file__))]
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=1200)
-    print(done.stdout, done.stderr, sep="\n")
-    assert done.returncode == 0
-    passed = re.search(r"(\d+) passed", done.stdout)
-    assert passed and int(passed[1]) >= least, "the interpreted tests did not run"
+    assert in_another_process(str(Path(__file__)), "-m", which, TRITON_INTERPRET="1") >= least
 
 
 def agree(device, V, dtype, q, seeds):
@@ -281,11 +270,9 @@ def test_logprobs_only_on_request(device):
 
 
 def test_what_it_cannot_serve(device):
-    case = Case(16)
-    with pytest.raises(sk.BackendError, match=r"^backend='triton' cannot serve verify_chain: method 'block'"):
-        case.run("triton", device, method="block")
-    with pytest.raises(sk.BackendError, match="top_k, top_p and min_p"):
-        case.run("triton", device, params=SamplingParams(top_p=0.9))
+    case = Case(16, dtype=torch.float64)
+    with pytest.raises(sk.BackendError, match=r"^backend='triton' cannot serve verify_chain: logits are torch.float64"):
+        case.run("triton", device)
 
 
 @pytest.mark.gpu

@@ -100,26 +100,34 @@ class CutFinder {
       left.cut = row.cut;
       return *search(left, goal, {}, candidates_->level == 0 ? 1 : 0);
     }
-    const Guess guess = guess_(row, scale_, goal, {}, 0);
-    const std::optional<float> found = search_beside_tail(row, goal, guess);
-    return found ? *found : *search(row, goal, {}, 0, guess.bracket);
+    Bracket first;
+    const std::optional<float> found = search_beside_tail(row, goal, &first);
+    return found ? *found : *search(row, goal, {}, 0, first);
   }
 
-  // Weighs the few logits from a guess on in fp64, the rest about; empty if that does not decide, or is not likely to.
-  std::optional<float> search_beside_tail(const LogitRow& row, Goal goal, const Guess& guess) {
-    const float low = guess.bracket.low;
+  // Weighs the few logits from a guess on in fp64, the rest about. Empty if that does not decide, or is not likely to;
+  // `first` is then where to begin.
+  std::optional<float> search_beside_tail(const LogitRow& row, Goal goal, Bracket* first) {
     const bool bounded = scale_.temperature >= kTailColdest && scale_.temperature <= kTailHottest;
-    const double doubt = goal.share * kTailError * guess.below;
-    if (!bounded || guess.from_low > kRoom[0] / 4 || weight_of(scale_, low) < 4.0 * doubt) return {};
-    const Split beside = pass(kernels_.tail, row, {low, kInfinity}, 0);
-    if (beside.stored < beside.inside) return {};
-    const LogitRow head = stored(0, beside);
-    goal.weight = pass(kernels_.weigh, head, {kInfinity, kInfinity}, 1).total;
-    goal.target = goal.share * (goal.weight + beside.total);
-    goal.slack = goal.share * kTailError * beside.total;
-    goal.share = 0.0;
-    if (goal.weight < goal.target + goal.slack) return {};
-    return search(head, goal, {low, kInfinity, 0.0}, 1);
+    Range range;
+    for (int round = 0;; ++round) {
+      const Guess guess = guess_(row, scale_, goal, range, round);
+      const float low = guess.bracket.low;
+      *first = guess.bracket;
+      const double doubt = goal.share * kTailError * guess.below;
+      if (!bounded || guess.from_low > kRoom[0] / 4 || weight_of(scale_, low) < 4.0 * doubt) return {};
+      const Split beside = pass(kernels_.tail, row, {low, kInfinity}, 0);
+      if (beside.stored < beside.inside) return {};
+      const LogitRow head = stored(0, beside);
+      const double weight = pass(kernels_.weigh, head, {kInfinity, kInfinity}, 1).total;
+      Goal above{true, weight, goal.share * (weight + beside.total)};
+      above.slack = goal.share * kTailError * beside.total;
+      if (weight >= above.target + above.slack) return search(head, above, {low, kInfinity, 0.0}, 1);
+      if (round > 0) return {};
+      // Too high; but now the total is known well enough to be right the next time.
+      goal.weight = weight + beside.total;
+      range.high = low;
+    }
   }
 
   // Stores at `level` and further what is inside its brackets. Empty only where the answer hangs on goal.slack.

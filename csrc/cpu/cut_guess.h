@@ -59,15 +59,20 @@ class Guesser {
  public:
   explicit Guesser(const SelectKernels& kernels) : kernels_(kernels) {}
 
-  // A bracket inside a range, by the part of a sample that is in it. After some rounds, whatever the row is like, the
-  // middle third of the floats in the range: then no search takes more than some twenty rounds.
+  // A bracket inside a range, by the part of a sample that is in it; where that part cannot tell more than the range,
+  // just the likeliest logit, which may be tied with many. After some rounds, whatever the row is like, the middle
+  // third of the floats in the range: then no search takes more than some twenty rounds.
   Guess operator()(const LogitRow& row, const Scale& scale, const Goal& goal, const Range& range, int round) {
     Guess guess{{range.low, range.high}, static_cast<double>(row.columns), 0.0};
     if (row.columns <= kFew) return guess;
     if (round < kSampledRounds) {
-      draw(row, round == 0 ? 512 : 4096);
-      narrow(row, scale, goal, range, &guess);
+      draw(row, range, kFirstSample << round);
+      const std::optional<float> likeliest = narrow(row, scale, goal, range, &guess);
       if (round == 0 || guess.bracket.low > range.low || guess.bracket.high < range.high) return guess;
+      if (likeliest) {
+        guess.bracket = {*likeliest, float_of(number_of(*likeliest) + 1)};
+        return guess;
+      }
     }
     const int64_t low = number_of(range.low), third = (number_of(range.high) - low) / 3;
     guess.bracket = {float_of(low + third), float_of(low + std::max<int64_t>(1, 2 * third))};
@@ -76,18 +81,25 @@ class Guesser {
 
  private:
   static constexpr int kSampledRounds = 3;
+  static constexpr int64_t kFirstSample = 512;
 
-  void draw(const LogitRow& row, int64_t size) {
+  // Only what may be of use is sorted.
+  void draw(const LogitRow& row, const Range& range, int64_t size) {
     const int64_t stride = std::max<int64_t>(32, row.columns * kClusterSize / size / 32 * 32);
     sample_.resize((row.columns / stride + 1) * kClusterSize + 16);
-    sample_.resize(kernels_.sample(row, stride, sample_.data()));
+    drawn_ = kernels_.sample(row, stride, sample_.data());
+    const float low = range.below ? range.low : -std::numeric_limits<float>::infinity();
+    const auto unused = [&](float x) { return x < low || x >= range.high; };
+    sample_.erase(std::remove_if(sample_.begin(), sample_.begin() + drawn_, unused), sample_.end());
     std::sort(sample_.begin(), sample_.end());
   }
 
-  // Adds up from the lightest logit, because a sample knows little of the few that are heavy.
-  void narrow(const LogitRow& row, const Scale& scale, const Goal& goal, const Range& range, Guess* guess) {
+  // Adds up from the lightest logit, because a sample knows little of the few that are heavy. Returns the logit of the
+  // sample at which the sum comes closest to what is wanted.
+  std::optional<float> narrow(const LogitRow& row, const Scale& scale, const Goal& goal, const Range& range,
+                              Guess* guess) {
     constexpr double kSpread = 3.0;  // standard deviations of a sum
-    const auto number = static_cast<double>(sample_.size());
+    const auto number = static_cast<double>(drawn_);
     const double each = static_cast<double>(row.columns) / number;  // so many logits stand behind one of the sample
     weights_.resize(sample_.size());
     double all = 0.0;
@@ -97,9 +109,10 @@ class Guesser {
     const double wanted = weight + goal.over - (goal.share > 0.0 ? goal.share * weight : goal.target);
     const double base = range.below.value_or(0.0);
     double sum = 0.0, squares = 0.0;
-    for (size_t i = 0; i < sample_.size() && sample_[i] < range.high; ++i) {
+    std::optional<float> likeliest;
+    for (size_t i = 0; i < sample_.size(); ++i) {
       const float x = sample_[i];
-      if (x < range.low && range.below) continue;
+      if (x >= range.low && (!likeliest || base + each * sum <= wanted)) likeliest = x;
       const double spread = kSpread * std::sqrt(std::max(0.0, squares - sum * sum / number)) + 2.0 * weights_[i];
       if (base + each * (sum + spread) <= wanted && x > guess->bracket.low)
         *guess = {{x, range.high}, each * static_cast<double>(sample_.size() - i), base + each * sum};
@@ -110,10 +123,12 @@ class Guesser {
       sum += weights_[i];
       squares += weights_[i] * weights_[i];
     }
+    return likeliest;
   }
 
   const SelectKernels& kernels_;
-  std::vector<float> sample_;
+  int64_t drawn_ = 0;
+  std::vector<float> sample_;  // of the columns drawn
   std::vector<double> weights_;
 };
 

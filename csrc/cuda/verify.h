@@ -13,14 +13,14 @@ namespace specdec::device {
 constexpr int kBlock = 1024;
 
 constexpr int kLanes = 32;
-constexpr int kThreads = 10 * kLanes;  // of a thread block: eight warps that read rows, one that serves, one that walks
+constexpr int kThreads = 8 * kLanes;  // of a thread block: six warps that read rows, one that serves, one that walks
 
 // Bins of a pass that looks for a filter's threshold; every thread sums into bins of its own.
 constexpr int kBins = 16;
 
 // Shared memory of a warp that reads rows, in bytes: a block's draft probabilities, or its threads' bins.
-constexpr int kTile = kBlock * static_cast<int>(sizeof(float));
-static_assert(kTile == kBins * kLanes * static_cast<int>(sizeof(uint64_t)), "tiles serve both");
+constexpr int kTile = 4096;
+static_assert(kBlock * sizeof(float) <= kTile && kBins * kLanes * sizeof(uint64_t) <= kTile, "a tile serves both");
 
 enum class DType : int32_t { kFloat, kBf16, kHalf };
 
@@ -85,11 +85,6 @@ static_assert(sizeof(Launch) <= 4096, "kernel parameters are limited to 4 KB");
 // Whether some request may filter: only the device knows what a tensor holds.
 inline bool may_filter(const Side& side) {
   return side.data && (side.params || side.common[1] > 0.0f || side.common[2] < 1.0f || side.common[3] > 0.0f);
-}
-
-// Whether thread blocks need tiles: where draft probabilities are scattered by their ids, and where filters search.
-inline bool needs_tiles(const Launch& launch) {
-  return launch.sides[kDraft].ids || may_filter(launch.sides[kTarget]) || may_filter(launch.sides[kDraft]);
 }
 
 // Lays the scratch of `launch` out from `base` on, which may be null; returns its bytes. The first `zeroed` bytes must

@@ -65,17 +65,15 @@ __device__ __forceinline__ double log_sum(Values& x, float peak, float slope) {
   return warp_sum(sum);
 }
 
-// Sums of min(p / rho, q) and of the part where p / rho is smaller, in fp64: a root is searched on them.
-__device__ __forceinline__ Overlap overlap_of(const Values& p, const Values& q, double inverse_rho) {
+// Sums of min(p / rho, q) and of the part where p / rho is smaller, in fp64: a root is searched on them. `q` is this
+// lane's part of a tile.
+__device__ __forceinline__ Overlap overlap_of(Values& p, const float* q, double inverse_rho) {
   double both = 0.0, part = 0.0;
-#pragma unroll
-  for (int i = 0; i < kVectors; ++i)
-#pragma unroll
-    for (int k = 0; k < kWide; ++k) {
-      const double capped = p.at[i][k] * inverse_rho, drafted = q.at[i][k];
-      both += capped < drafted ? capped : drafted;
-      part += capped < drafted ? capped : 0.0;
-    }
+  each(p, [&](float v, int at) {
+    const double capped = v * inverse_rho, drafted = q[at];
+    both += capped < drafted ? capped : drafted;
+    part += capped < drafted ? capped : 0.0;
+  });
   return {warp_sum(both), warp_sum(part)};
 }
 
@@ -129,21 +127,19 @@ __device__ __forceinline__ void replace(const int32_t* columns, int count, int64
   }
 }
 
-// The block's probabilities of a trimmed vocabulary: its ids ascend, so those of a block are neighbours. They are
-// scattered over a tile of this warp's, never over a row.
-__device__ __forceinline__ void spread(const LogitRow& row, const Softmax& Q, int64_t block, float* tile, Values& y) {
+// Probabilities of the block's tokens under a trimmed vocabulary: its ids ascend, so those of a block are neighbours.
+__device__ __forceinline__ void spread(const LogitRow& row, const Softmax& softmax, int64_t block, float* tile) {
   const int64_t first = block * kBlock;
+  __syncwarp();
   for (int i = lane(); i < kBlock; i += kLanes) tile[i] = 0.0f;
   __syncwarp();
   for (int64_t column = lower_bound(row.side.ids, row.side.columns, first) + lane();; column += kLanes) {
     const int64_t at = column < row.side.columns ? __ldg(row.side.ids + column) - first : kBlock;
     const bool inside = at >= 0 && at < kBlock;
     if (inside && at + first < row.side.vocabulary && row.allows(static_cast<int32_t>(at + first)))
-      tile[at] = Q.of(row.logit(column));
+      tile[at] = softmax.of(row.logit(column));
     if (!__ballot_sync(kAll, inside)) break;
   }
-  __syncwarp();
-  each(y, [&](float& v, int at) { v = tile[lane_offset() + at]; });
   __syncwarp();
 }
 
@@ -171,14 +167,20 @@ struct KeyRange {
 // Adds what a lane holds to its bins [kBins, kLanes]. In integers, so that no order of summation shows.
 __device__ __forceinline__ void add_to_bins(Values& x, const KeyRange& keys, float peak, float temperature,
                                             uint64_t* bins) {
-  each_in_turn(x, [&](float logit, int) {
+  auto add = [&](float logit, auto measure) {
     const uint32_t key = ordered(logit) >> keys.spare;
     if (logit == -kInf || key < keys.low || key > keys.high) return;
-    uint64_t measure = 1;
-    if (keys.scale > 0.0)
-      measure = static_cast<uint64_t>(exp(static_cast<double>(z_of(logit, peak, temperature))) * keys.scale);
-    bins[((key - keys.low) >> keys.shift) * kLanes + lane()] += measure;
-  });
+    bins[((key - keys.low) >> keys.shift) * kLanes + lane()] += measure(logit);
+  };
+  if (keys.scale > 0.0) {
+    each_in_turn(x, [&](float& v, int) {  // an exponential in fp64 is long
+      add(v, [&](float logit) {
+        return static_cast<uint64_t>(exp(static_cast<double>(z_of(logit, peak, temperature))) * keys.scale);
+      });
+    });
+  } else {
+    each(x, [&](float& v, int) { add(v, [](float) { return uint64_t{1}; }); });
+  }
 }
 
 // Leaves the sum of bin b over the lanes in bins[b]: two lanes to a bin, each for half of it, from different banks on.
@@ -186,6 +188,7 @@ __device__ __forceinline__ void sum_bins(uint64_t* bins) {
   __syncwarp();
   const int bin = lane() / 2, half = lane() % 2 * (kLanes / 2);
   uint64_t sum = 0;
+#pragma unroll 1  // sixteen addresses, none of them worth a register throughout
   for (int j = 0; j < kLanes / 2; ++j) sum += bins[bin * kLanes + half + (bin + j) % (kLanes / 2)];
   sum += __shfl_xor_sync(kAll, sum, 1);
   __syncwarp();

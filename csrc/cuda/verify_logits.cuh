@@ -31,19 +31,17 @@ __device__ __forceinline__ void each(Values& x, Body body) {
     for (int k = 0; k < kWide; ++k) body(x.at[i][k], column_of(i, k));
 }
 
-// The same for long bodies: a loop that is not unrolled, in which the values of each vector rotate past one register.
+// The same for long bodies: a loop that is not unrolled, in which the values rotate past one register.
 template <typename Body>
 __device__ __forceinline__ void each_in_turn(Values& x, Body body) {
 #pragma unroll 1
-  for (int k = 0; k < kWide; ++k) {
+  for (int n = 0; n < kVectors * kWide; ++n) {
+    float value = x.at[0][0];
+    body(value, column_of(n / kWide, n % kWide));
 #pragma unroll
-    for (int i = 0; i < kVectors; ++i) {
-      float value = x.at[i][0];
-      body(value, column_of(i, k));
-#pragma unroll
-      for (int next = 1; next < kWide; ++next) x.at[i][next - 1] = x.at[i][next];
-      x.at[i][kWide - 1] = value;
-    }
+    for (int next = 1; next < kVectors * kWide; ++next)
+      x.at[(next - 1) / kWide][(next - 1) % kWide] = x.at[next / kWide][next % kWide];
+    x.at[kVectors - 1][kWide - 1] = value;
   }
 }
 
@@ -52,13 +50,11 @@ __device__ __forceinline__ float from_half(uint32_t bits) {
   return __half2float(__ushort_as_half(static_cast<unsigned short>(bits)));
 }
 
-// 16 bytes from an address that is a multiple of 2 and lies `skew` bytes above a multiple of 16: from the two words of
-// 16 bytes that hold them, so that rows of odd length are read as fast as others, nearly.
-__device__ __forceinline__ uint4 load_16(const char* address, int skew) {
-  const uint4* at = reinterpret_cast<const uint4*>(address - skew);
-  const uint4 low = __ldg(at);
-  if (skew == 0) return low;
-  const uint4 high = __ldg(at + 1);
+__device__ __forceinline__ uint4 load_16(const char* address) { return __ldg(reinterpret_cast<const uint4*>(address)); }
+
+// 16 bytes that lie `skew` bytes above a multiple of 16, a multiple of 2: from the two words of 16 bytes that hold them.
+__device__ __forceinline__ uint4 load_skewed_16(const char* address, int skew) {
+  const uint4 low = load_16(address - skew), high = load_16(address - skew + 16);
   uint32_t w[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
 #pragma unroll
   for (int j = 0; j < 6; ++j) w[j] = skew & 8 ? w[j + 2] : w[j];
@@ -98,13 +94,16 @@ class LogitRow {
     const int beside = skew == 0 ? 0 : side.type == DType::kFloat ? 4 : 8;
     const int from = first < beside ? beside : 0;
     const int to = static_cast<int>(clamped(side.columns - first) - kWide - beside);
-    if (side.type == DType::kFloat)
-      fetch_32(first, skew, from, to, x);
+    if (skew != 0)
+      fetch_skewed(first, skew, from, to, x);
+    else if (side.type == DType::kFloat)
+      fetch_32(first, to, x);
     else
-      fetch_16(first, skew, from, to, x);
+      fetch_16(first, to, x);
     const bool gathers = allowed_ != nullptr && side.ids != nullptr;
-    const bool whole = __ballot_sync(kAll, from > 0 || to < column_of(kVectors - 1, 0)) == 0;
-    if (!whole || mixed_ != nullptr || gathers) {
+    // Where no vector lies half in the row, those outside are -inf already.
+    const bool halves = skew != 0 || side.columns % kWide != 0;
+    if ((halves && __ballot_sync(kAll, from > 0 || to < column_of(kVectors - 1, 0))) || mixed_ != nullptr || gathers) {
       each_in_turn(x, [&](float& v, int at) {
         const int start = at / kWide * kWide;
         const bool there = first + at < side.columns;
@@ -156,39 +155,62 @@ class LogitRow {
     return columns < -kBlock ? -kBlock : columns < 4 * kBlock ? columns : 4 * kBlock;
   }
 
-  // All loads are under way before the first is used.
-  __device__ __forceinline__ void fetch_16(int64_t first, int skew, int from, int to, Values& x) const {
-    const char* address = data_ + first * 2;
-    uint4 held[kVectors];
+  __device__ __forceinline__ void widen_16(const uint4& v, float (&x)[kWide]) const {
+    const uint32_t words[kWide / 2] = {v.x, v.y, v.z, v.w};
 #pragma unroll
-    for (int i = 0; i < kVectors; ++i) {
-      held[i] = uint4{0, 0, 0, 0};
-      if (column_of(i, 0) >= from && column_of(i, 0) <= to) held[i] = load_16(address + column_of(i, 0) * 2, skew);
-    }
-#pragma unroll
-    for (int i = 0; i < kVectors; ++i) {
-      const uint32_t words[kWide / 2] = {held[i].x, held[i].y, held[i].z, held[i].w};
-#pragma unroll
-      for (int k = 0; k < kWide / 2; ++k) {
-        const uint32_t low = words[k] & 0xffffu, high = words[k] >> 16;
-        x.at[i][2 * k] = side.type == DType::kBf16 ? from_bf16(low) : from_half(low);
-        x.at[i][2 * k + 1] = side.type == DType::kBf16 ? from_bf16(high) : from_half(high);
-      }
+    for (int k = 0; k < kWide / 2; ++k) {
+      const uint32_t low = words[k] & 0xffffu, high = words[k] >> 16;
+      x[2 * k] = side.type == DType::kBf16 ? from_bf16(low) : from_half(low);
+      x[2 * k + 1] = side.type == DType::kBf16 ? from_bf16(high) : from_half(high);
     }
   }
 
-  __device__ __forceinline__ void fetch_32(int64_t first, int skew, int from, int to, Values& x) const {
+  static __device__ __forceinline__ void widen_32(const uint4& v, float* x) {
+    x[0] = __uint_as_float(v.x);
+    x[1] = __uint_as_float(v.y);
+    x[2] = __uint_as_float(v.z);
+    x[3] = __uint_as_float(v.w);
+  }
+
+  // All loads are under way before the first is used.
+  __device__ __forceinline__ void fetch_16(int64_t first, int to, Values& x) const {
+    const char* address = data_ + first * 2;
+    const uint32_t none = side.type == DType::kBf16 ? 0xff80ff80u : 0xfc00fc00u;  // -inf, twice
+    uint4 held[kVectors];
+#pragma unroll
+    for (int i = 0; i < kVectors; ++i)
+      held[i] = column_of(i, 0) <= to ? load_16(address + column_of(i, 0) * 2) : uint4{none, none, none, none};
+#pragma unroll
+    for (int i = 0; i < kVectors; ++i) widen_16(held[i], x.at[i]);
+  }
+
+  __device__ __forceinline__ void fetch_32(int64_t first, int to, Values& x) const {
     const char* address = data_ + first * 4;
+    const uint32_t none = 0xff800000u;  // -inf
 #pragma unroll
+    for (int i = 0; i < kVectors; ++i)
+#pragma unroll
+      for (int k = 0; k < kWide; k += 4) {
+        const bool inside = column_of(i, 0) <= to;
+        widen_32(inside ? load_16(address + column_of(i, k) * 4) : uint4{none, none, none, none}, x.at[i] + k);
+      }
+  }
+
+  // One vector after another, which takes longer but has registers for what a vector is put together from.
+  __device__ __forceinline__ void fetch_skewed(int64_t first, int skew, int from, int to, Values& x) const {
+#pragma unroll 1
     for (int i = 0; i < kVectors; ++i) {
-      const bool inside = column_of(i, 0) >= from && column_of(i, 0) <= to;
+      const int at = column_of(i, 0);
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        uint4 held{0, 0, 0, 0};
-        if (inside) held = load_16(address + (column_of(i, 0) + 4 * half) * 4, skew);
-        const uint32_t words[4] = {held.x, held.y, held.z, held.w};
+      for (int next = 1; next < kVectors; ++next)
 #pragma unroll
-        for (int k = 0; k < 4; ++k) x.at[i][4 * half + k] = __uint_as_float(words[k]);
+        for (int k = 0; k < kWide; ++k) x.at[next - 1][k] = x.at[next][k];
+      if (at < from || at > to) continue;
+      if (side.type == DType::kFloat) {
+        widen_32(load_skewed_16(data_ + (first + at) * 4, skew), x.at[kVectors - 1]);
+        widen_32(load_skewed_16(data_ + (first + at) * 4 + 16, skew), x.at[kVectors - 1] + 4);
+      } else {
+        widen_16(load_skewed_16(data_ + (first + at) * 2, skew), x.at[kVectors - 1]);
       }
     }
   }

@@ -9,18 +9,22 @@
 
 namespace specdec::device {
 
-// Which request a thread block works on.
-struct Job {
-  const Launch& launch;
-  unsigned char* tiles;  // kTile bytes for each reader, where any are needed
-  int request;
-  int rank;  // of the thread block in its team
-  int nodes;
+// Which request a thread block works on. In shared memory: the readers have no register to spare.
+struct Place {
+  int32_t request;
+  int32_t rank;  // of the thread block in its team
+  int32_t nodes;
   int64_t first;  // packed index of the request's root
 };
 
+struct Job {
+  const Launch& launch;
+  const Place& place;
+  unsigned char* tiles;  // kTile bytes for each reader, where any are needed
+};
+
 __device__ inline int64_t thread_block_of(const Job& job) {
-  return static_cast<int64_t>(job.request) * job.launch.team + job.rank;
+  return static_cast<int64_t>(job.place.request) * job.launch.team + job.place.rank;
 }
 
 // Excluded tokens; max_nodes entries further on, the draft's columns of them.
@@ -60,13 +64,13 @@ struct Turns {
   int at, step, end;
 
   __device__ Turns(const Job& job, int blocks)
-      : at(job.rank * readers() + warp()), step(job.launch.team * readers()), end(blocks) {}
+      : at(job.place.rank * readers() + warp()), step(job.launch.team * readers()), end(blocks) {}
   explicit __device__ Turns(int block) : at(block + warp()), step(1), end(block + 1) {
     if (warp() > 0) at = end;
   }
 };
 
-__device__ __forceinline__ void read_rows(const Job& job, Command& command) {
+__device__ __noinline__ inline void read_rows(const Job& job, Command& command) {
   const Work work = command.work;
   const int split = command.of[kTarget] ? job.launch.sides[kTarget].blocks() : 0;
   uint64_t* bins = reinterpret_cast<uint64_t*>(job.tiles + warp() * kTile);
@@ -79,9 +83,9 @@ __device__ __forceinline__ void read_rows(const Job& job, Command& command) {
     const int which = turn.at < split ? kTarget : kDraft, block = turn.at < split ? turn.at : turn.at - split;
     const Side& side = job.launch.sides[which];
     const Row& row = command.rows[which];
-    const Sampling sampling = Sampling::of(side, job.request);
+    const Sampling sampling = Sampling::of(side, job.place.request);
     Values x;
-    LogitRow(side, job.first + row.node, row.cut).read(block, x);
+    LogitRow(side, job.place.first + row.node, row.cut).read(block, x);
     if (work == Work::kSum) {
       replace(command.excluded, command.num_excluded, block, -kInf, x);
       const BlockSum sum = sum_block(x, sampling.slope);
@@ -99,41 +103,42 @@ __device__ __forceinline__ void read_rows(const Job& job, Command& command) {
   if (work == Work::kBins) sum_bins(bins);
 }
 
-__device__ __forceinline__ void read_pairs(const Job& job, Command& command) {
+// The block's draft probabilities pass through the reader's tile: in registers, beside those of p, they would cost a
+// thread block of every multiprocessor.
+__device__ __noinline__ inline void read_pairs(const Job& job, Command& command) {
   const Work work = command.work;
-  const Side &target = job.launch.sides[kTarget], &draft = job.launch.sides[kDraft];
-  const Row &p = command.rows[kTarget], &q = command.rows[kDraft];
-  const Softmax P(p, Sampling::of(target, job.request).slope), Q(q, Sampling::of(draft, job.request).slope);
-  Turns turn(job, target.blocks());
+  const int32_t point = command.of[kDraft] ? command.rows[kDraft].point : -1;
+  float* tile = reinterpret_cast<float*>(job.tiles + warp() * kTile) + lane_offset();
+  Turns turn(job, job.launch.sides[kTarget].blocks());
   if (work == Work::kDraw) turn = Turns(command.block);
   for (; turn.at < turn.end; turn.at += turn.step) {
     const int64_t block = turn.at;
-    Values x, y;
-    LogitRow(target, job.first + p.node, p.cut).read(block, x);
-    if (!command.of[kDraft]) {
-      each(y, [&](float& v, int) { v = 0.0f; });
-    } else if (q.point >= 0) {
-      const int64_t point = q.point - block * kBlock - lane_offset();
-      each(y, [&](float& v, int at) { v = at == point ? 1.0f : 0.0f; });
-    } else {
-      const LogitRow row(draft, job.first + q.node, q.cut);
-      if (draft.ids) {
-        spread(row, Q, block, reinterpret_cast<float*>(job.tiles + warp() * kTile), y);
-      } else {
-        row.read(block, y);
-        each(y, [&](float& v, int) { v = Q.of(v); });
+    Values x;
+#pragma unroll 1
+    for (int s = command.of[kDraft] && point < 0 ? kDraft : kTarget; s >= kTarget; --s) {
+      const Side& side = job.launch.sides[s];
+      const Row& row = command.rows[s];
+      const LogitRow logits(side, job.place.first + row.node, row.cut);
+      const Softmax softmax(row, Sampling::of(side, job.place.request).slope);
+      if (s == kDraft && side.ids != nullptr) {
+        spread(logits, softmax, block, tile - lane_offset());
+        continue;
       }
+      logits.read(block, x);
+      each(x, [&](float& v, int) { v = softmax.of(v); });
+      if (s == kDraft) each(x, [&](float& v, int at) { tile[at] = v; });
     }
-    each(x, [&](float& v, int) { v = P.of(v); });
     if (work == Work::kOverlap) {
-      const Overlap sums = overlap_of(x, y, command.inverse_rho);
+      const Overlap sums = overlap_of(x, tile, command.inverse_rho);
       if (lane() == 0) static_cast<Overlap*>(command.sums)[block] = sums;
       continue;
     }
-#pragma unroll
-    for (int i = 0; i < kVectors; ++i)
-#pragma unroll
-      for (int k = 0; k < kWide; ++k) x.at[i][k] = command.weight.of(x.at[i][k], y.at[i][k]);
+    if (point >= 0) {
+      const int64_t at_point = point - block * kBlock - lane_offset();
+      each(x, [&](float& v, int at) { v = at == at_point ? command.weight.of(v, 1.0f) : v; });
+    } else if (command.of[kDraft]) {
+      each(x, [&](float& v, int at) { v = command.weight.of(v, tile[at]); });
+    }
     replace(command.excluded, command.num_excluded, block, 0.0f, x);
     if (work == Work::kDraw) {
       const int column = column_at(x, command.inside);
@@ -147,20 +152,20 @@ __device__ __forceinline__ void read_pairs(const Job& job, Command& command) {
 
 // Children of each node in node order, as link_children() finds them, but each node looks for its own next sibling and
 // first child, so that no thread waits for another's.
-__device__ __forceinline__ void link(const Job& job) {
+__device__ __noinline__ inline void link(const Job& job) {
   const Launch& launch = job.launch;
-  const int32_t* parents = launch.parents + job.first;
-  const int32_t* tokens = launch.tokens + job.first;
-  int32_t* links = launch.scratch.links + static_cast<int64_t>(job.request) * 2 * launch.max_nodes;
+  const int32_t* parents = launch.parents + job.place.first;
+  const int32_t* tokens = launch.tokens + job.place.first;
+  int32_t* links = launch.scratch.links + static_cast<int64_t>(job.place.request) * 2 * launch.max_nodes;
   auto parent_of = [&](int node) {
     const int32_t parent = parents[node], token = tokens[node];
     return parent >= 0 && parent < node && token >= 0 && token < launch.vocabulary ? parent : -1;
   };
   const int threads = readers() * kLanes;
-  for (int node = job.rank * threads + static_cast<int>(threadIdx.x); node < job.nodes; node += launch.team * threads) {
+  for (int node = job.place.rank * threads + static_cast<int>(threadIdx.x); node < job.place.nodes; node += launch.team * threads) {
     const int parent = node > 0 ? parent_of(node) : -1;
     int child = -1, sibling = -1;
-    for (int other = node + 1; other < job.nodes && (child < 0 || (parent >= 0 && sibling < 0)); ++other) {
+    for (int other = node + 1; other < job.place.nodes && (child < 0 || (parent >= 0 && sibling < 0)); ++other) {
       const int up = parent_of(other);
       if (up == node && child < 0) child = other;
       if (up >= 0 && up == parent && sibling < 0) sibling = other;

@@ -45,7 +45,7 @@ class Server {
         launch_(job.launch),
         question_(question),
         command_(command),
-        team_{job.rank, launch_.team, launch_.scratch.arrivals + static_cast<int64_t>(job.request) * kArrivalStride} {}
+        team_{job.place.rank, launch_.team, launch_.scratch.arrivals + static_cast<int64_t>(job.place.request) * kArrivalStride} {}
 
   __device__ __forceinline__ void serve() {
     for (;;) {
@@ -126,7 +126,7 @@ class Server {
   }
   template <typename T>
   __device__ T* last_sums() const {
-    const int64_t room = 2 * static_cast<int64_t>(job_.request) + (last_is_first_ ? 0 : 1);
+    const int64_t room = 2 * static_cast<int64_t>(job_.place.request) + (last_is_first_ ? 0 : 1);
     return static_cast<T*>(static_cast<void*>(launch_.scratch.sums + room * launch_.scratch.sums_size));
   }
 
@@ -147,13 +147,13 @@ class Server {
   }
 
   __device__ __forceinline__ void open() {
-    const bool reads[2] = {true, question_.drafted && launch_.sides[kDraft].data};
+    const bool reads_draft = question_.drafted && launch_.sides[kDraft].data;
     make_room();
     run_on_team([&] {
       command_.work = Work::kSum;
       command_.num_excluded = 0;
       for (int s = 0; s < 2; ++s) {
-        command_.of[s] = reads[s];
+        command_.of[s] = s == kTarget || reads_draft;
         command_.rows[s] = {question_.node, -1, 0.0f, -kInf, 1.0};
       }
     });
@@ -168,10 +168,10 @@ class Server {
 #pragma unroll
     for (int s = 0; s < 2; ++s) {
       rows[s] = own_point();
-      if (!reads[s]) continue;
+      if (s == kDraft && !reads_draft) continue;
       rows[s] = {question_.node, -1, 0.0f, -kInf, 1.0};
       const int blocks = launch_.sides[s].blocks();
-      combine(sums, blocks, Sampling::of(launch_.sides[s], job_.request).slope, rows[s]);
+      combine(sums, blocks, Sampling::of(launch_.sides[s], job_.place.request).slope, rows[s]);
       sound = sound && rows[s].total > 0.0 && rows[s].total < static_cast<double>(kInf);
       if (s == kTarget) sums += blocks;
     }
@@ -183,14 +183,14 @@ class Server {
     if (!sound) return;
 #pragma unroll 1
     for (int s = 0; s < 2; ++s) {
-      if (reads[s]) settle(s, s == kTarget ? first_sums : sums);
+      if (s == kTarget || reads_draft) settle(s, s == kTarget ? first_sums : sums);
     }
   }
 
   // What is left to find of a sound row of sums: at temperature 0 its first peak, else its cut and what that leaves.
   __device__ __forceinline__ void settle(int s, const BlockSum* sums) {
     const Side& side = launch_.sides[s];
-    const Sampling sampling = Sampling::of(side, job_.request);
+    const Sampling sampling = Sampling::of(side, job_.place.request);
     Row row = question_.rows[s];
     if (!sampling.sampled()) {
       int block = 0;
@@ -241,12 +241,12 @@ class Server {
   // Lane b < kBins: what fell into bin b of the last pass, over the whole row.
   __device__ __forceinline__ uint64_t gather_bins() {
     bins_are_first_ = !bins_are_first_;
-    const int64_t room = 2 * static_cast<int64_t>(job_.request) + (bins_are_first_ ? 0 : 1);
+    const int64_t room = 2 * static_cast<int64_t>(job_.place.request) + (bins_are_first_ ? 0 : 1);
     uint64_t* totals = launch_.scratch.bins + room * launch_.team * kBins;
     uint64_t sum = 0;
     if (lane() < kBins) {
       for (int r = 0; r < readers(); ++r) sum += reinterpret_cast<const uint64_t*>(job_.tiles + r * kTile)[lane()];
-      totals[job_.rank * kBins + lane()] = sum;
+      totals[job_.place.rank * kBins + lane()] = sum;
     }
     team_.sync();
     sum = 0;
@@ -317,7 +317,7 @@ class Server {
   // Returns the sum over all blocks. Finds the block in which the running sum exceeds the share u of it, the last with
   // mass where rounding leaves none, and by how much the sum before that block falls short.
   __device__ __forceinline__ double find_block(const Row& p, float u, int* found, double* inside) const {
-    const float slope = Sampling::of(launch_.sides[kTarget], job_.request).slope;
+    const float slope = Sampling::of(launch_.sides[kTarget], job_.place.request).slope;
     const int blocks = target_blocks();
     const double mass = sum_over(blocks, [&](int block) { return block_mass(p, slope, block); });
     const double wanted = u * mass;
@@ -371,7 +371,7 @@ class Server {
       command_.excluded = excluded_list() + launch_.max_nodes;
       command_.num_excluded = question_.excluded;
     });
-    const float slope = Sampling::of(launch_.sides[kDraft], job_.request).slope;
+    const float slope = Sampling::of(launch_.sides[kDraft], job_.place.request).slope;
     combine(last_sums<BlockSum>(), launch_.sides[kDraft].blocks(), slope, q);
     const double share = q.total / before.total * exp2((static_cast<double>(q.peak) - before.peak) * slope);
     by_one_lane([&] {
@@ -391,10 +391,10 @@ class Server {
     const int s = question_.side;
     const Side& side = launch_.sides[s];
     const Row row = question_.rows[s];
-    const LogitRow logits(side, job_.first + row.node, row.cut);
+    const LogitRow logits(side, job_.place.first + row.node, row.cut);
     const int64_t column = logits.allows(question_.token) ? column_of(side, question_.token) : -1;
     const float x = column < 0 ? -kInf : logits.logit(column);
-    const Sampling sampling = Sampling::of(side, job_.request);
+    const Sampling sampling = Sampling::of(side, job_.place.request);
     float value = Softmax(row, sampling.slope).of(x);
     if (question_.ask == Ask::kLogprob)
       value = static_cast<float>((static_cast<double>(x) - row.peak) * sampling.inverse - log(row.total));
@@ -420,5 +420,9 @@ class Server {
   Sums sums_ = {-1, -1, 0.0f, 0.0f, 0.0, -1, false};
   bool last_is_first_ = false, bins_are_first_ = false;
 };
+
+__device__ __noinline__ inline void serve(const Job& job, Question& question, Command& command) {
+  Server(job, question, command).serve();
+}
 
 }  // namespace specdec::device

@@ -110,8 +110,8 @@ class CudaRows {
 
   __device__ __forceinline__ bool wants_logprobs() const { return launch_.out_logprobs != nullptr; }
   __device__ __forceinline__ void emit(int depth, int node, int32_t token, float logprob) {
-    if (job_.rank != 0 || lane() != 0) return;
-    const int64_t at = static_cast<int64_t>(job_.request) * (launch_.max_depth + 1) + depth;
+    if (job_.place.rank != 0 || lane() != 0) return;
+    const int64_t at = static_cast<int64_t>(job_.place.request) * (launch_.max_depth + 1) + depth;
     launch_.out_tokens[at] = token;
     launch_.out_nodes[at] = node;
     if (launch_.out_logprobs) launch_.out_logprobs[at] = logprob;
@@ -163,42 +163,43 @@ class CudaRows {
   int excluded_ = 0, epoch_ = 0;
 };
 
-__device__ __forceinline__ void walk_request(const Job& job, Method method, Question& question) {
+__device__ __noinline__ inline void walk_request(const Job& job, Method method, Question& question) {
   const Launch& launch = job.launch;
-  const int64_t first = job.first;
+  const int64_t first = job.place.first;
   CudaRows rows(job, question);
   Tree tree = {launch.tokens + first,
                launch.parents ? launch.parents + first : nullptr,
                nullptr,
                nullptr,
                launch.counts ? launch.counts + first : nullptr,
-               job.nodes,
+               job.place.nodes,
                launch.max_depth,
                launch.vocabulary};
   if (tree.parents) {
     rows.link_children();
-    tree.first_child = launch.scratch.links + static_cast<int64_t>(job.request) * 2 * launch.max_nodes;
+    tree.first_child = launch.scratch.links + static_cast<int64_t>(job.place.request) * 2 * launch.max_nodes;
     tree.next_sibling = tree.first_child + launch.max_nodes;
   }
   const Coins coins = {launch.accept_uniforms ? launch.accept_uniforms + first : nullptr,
-                       launch.final_uniforms ? launch.final_uniforms + job.request : nullptr,
-                       launch.seed ? static_cast<uint64_t>(launch.seed[job.request]) : 0,
-                       launch.offset ? static_cast<uint64_t>(launch.offset[job.request]) : 0};
+                       launch.final_uniforms ? launch.final_uniforms + job.place.request : nullptr,
+                       launch.seed ? static_cast<uint64_t>(launch.seed[job.place.request]) : 0,
+                       launch.offset ? static_cast<uint64_t>(launch.offset[job.place.request]) : 0};
   const Lossy lossy = {launch.judge ? launch.judge + first : nullptr, launch.synthetic, launch.lenience};
   const int number = tree.nodes > 0 ? walk(method, Request<CudaRows>{rows, tree, coins, lossy}) : 0;
   rows.stop();
-  if (job.rank != 0) return;
+  if (job.place.rank != 0) return;
   __syncwarp();  // one lane has emitted, perhaps entries of a request that turned out broken
   for (int i = number + lane(); i <= launch.max_depth; i += kLanes) {
-    const int64_t at = static_cast<int64_t>(job.request) * (launch.max_depth + 1) + i;
+    const int64_t at = static_cast<int64_t>(job.place.request) * (launch.max_depth + 1) + i;
     launch.out_tokens[at] = launch.out_nodes[at] = -1;
     if (launch.out_logprobs) launch.out_logprobs[at] = __builtin_nanf("");
   }
-  if (lane() == 0) launch.out_number[job.request] = number;
+  if (lane() == 0) launch.out_number[job.place.request] = number;
 }
 
 // What the warps of a thread block tell each other.
 struct Shared {
+  Place place;
   Question question;
   Command command;
 };
@@ -206,17 +207,21 @@ struct Shared {
 // One thread's part. `tiles`: kTile bytes for each reader where needs_tiles().
 __device__ __forceinline__ void verify_request(const Launch& launch, Method method, int thread_block, Shared& shared,
                                                unsigned char* tiles) {
-  const int request = thread_block / launch.team;
-  // Bounds hold for any cu_nodes; whether they make sense is checked under SPECDEC_DEBUG.
-  int64_t first = launch.cu_nodes[request], end = launch.cu_nodes[request + 1];
-  first = first < 0 ? 0 : first < launch.nodes ? first : launch.nodes;
-  end = end < first ? first : end < launch.nodes ? end : launch.nodes;
-  const int nodes = static_cast<int>(end - first < launch.max_nodes ? end - first : launch.max_nodes);
-  const Job job = {launch, tiles, request, thread_block % launch.team, nodes, first};
+  if (threadIdx.x == 0) {
+    const int request = thread_block / launch.team;
+    // Bounds hold for any cu_nodes; whether they make sense is checked under SPECDEC_DEBUG.
+    int64_t first = launch.cu_nodes[request], end = launch.cu_nodes[request + 1];
+    first = first < 0 ? 0 : first < launch.nodes ? first : launch.nodes;
+    end = end < first ? first : end < launch.nodes ? end : launch.nodes;
+    const int64_t nodes = end - first < launch.max_nodes ? end - first : launch.max_nodes;
+    shared.place = {request, thread_block % launch.team, static_cast<int32_t>(nodes), first};
+  }
+  __syncthreads();
+  const Job job = {launch, shared.place, tiles};
   if (warp() < readers())
     read(job, shared.command);
   else if (warp() == readers())
-    Server(job, shared.question, shared.command).serve();
+    serve(job, shared.question, shared.command);
   else
     walk_request(job, method, shared.question);
 }

@@ -1,4 +1,4 @@
-"""Command line: `python -m specdec_loop generate --target PATH --drafter PATH --prompt TEXT`, or `demo`."""
+"""Command line: `python -m specdec_loop generate --target PATH --drafter PATH --prompt TEXT`, `vocab` or `demo`."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from . import demo
 from .compare import PLAIN, Method, coloured, compare, differing, make_console, picture, table
 from .drafters import Drafter, ModelDrafter, NgramDrafter, Tree
 from .packed import pack_linears_
+from .vocab import command as vocab
+from .vocab import load_rows
 
 KINDS = (PLAIN, "chain", "tree", "ngram", "ngram-tree")
 
@@ -33,7 +35,7 @@ def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--depth", type=int, default=6, help="depth of a ranked tree")
     parser.add_argument("--width", type=int, default=8, help="nodes of a ranked tree expanded at each level")
     parser.add_argument("--branching", default="4,2,1,1,1", help="children at each level of a sampled tree")
-    parser.add_argument("--rows", type=Path, help="safetensors file with one tensor: ids the drafter's head keeps")
+    parser.add_argument("--rows", type=Path, help="map of `vocab choose`, or safetensors with one tensor of ids")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
     parser.add_argument("--top-k", type=int)
     parser.add_argument("--top-p", type=float)
@@ -109,12 +111,7 @@ def _drafter(arguments: argparse.Namespace, tokenizer) -> Drafter:
         raise ValueError(f"drafter: expected the tokenizer of {arguments.target}, got another in {arguments.drafter}")
     rows = None
     if arguments.rows is not None:
-        from safetensors.torch import load_file
-
-        tensors = load_file(arguments.rows)
-        if len(tensors) != 1:
-            raise ValueError(f"rows: expected one tensor in {arguments.rows}, got {sorted(tensors)}")
-        rows = next(iter(tensors.values())).sort().values
+        rows = load_rows(arguments.rows, tokenizer, model.get_output_embeddings().weight.shape[0])
     return ModelDrafter(model, rows=rows)
 
 
@@ -136,8 +133,11 @@ def main(argv: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     add_generate_arguments(commands.add_parser("generate", help="decode prompts with local checkpoints"))
     demo.add_arguments(commands.add_parser("demo", help="decode held-out source code with the shipped pair"))
+    vocab.add_arguments(commands.add_parser("vocab", help="choose the trimmed vocabulary of a drafter's head"))
     arguments = parser.parse_args(argv)
     try:
+        if arguments.command == "vocab":
+            return vocab.run(arguments, _load)
         return demo.run(arguments) if arguments.command == "demo" else run_generate(arguments)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -84,9 +84,9 @@ def block_logits(row, start, V, SIZE: tl.constexpr):
 
 @triton.jit
 def gather(row, V, BLOCK: tl.constexpr):
-    """([BLOCK, 2, 2] the KEPT largest logits of each lane, the largest of all others or one equal to it).
+    """([BLOCK, 2, 2] the KEPT largest logits of each lane, a bound of all others: none of them is larger).
 
-    -inf fills lanes that hold fewer. Lane i reads the columns i, i + BLOCK, ...
+    Lane i reads the columns i, i + BLOCK, ...; -inf fills lanes that hold fewer.
     """
     first = tl.full([BLOCK], -float("inf"), tl.float32)
     second = tl.full([BLOCK], -float("inf"), tl.float32)
@@ -143,7 +143,7 @@ def section(row, top, temperature, least_x, target, V, SHIFT: tl.constexpr, MASS
         for start in range(0, row.size, SIZE):
             x = block_logits(row, start, V, SIZE)
             key = key_of(x, SHIFT)
-            here = (key >= low.to(tl.int32)) & (key < high.to(tl.int32))
+            here = (x >= least_x) & (key >= low.to(tl.int32)) & (key < high.to(tl.int32))  # keys may be coarser than x
             if tl.max(here.to(tl.int32), 0) > 0:
                 if MASS:
                     weight = tl.where(here, tl.exp(scaled(x, top, temperature).to(tl.float64)), 0.0)

@@ -34,7 +34,7 @@ def chance(draft, q, token):
     else:
         column, present = column_of(draft, token)
         value = tl.where(present, prob(draft, q, logits_at(draft, column, present, token), column), 0.0)
-        return tl.where(q.mass > 0, value, 1.0)
+        return tl.where(q.mass > 0, tl.minimum(value, 1.0), 1.0)
 
 
 @triton.jit

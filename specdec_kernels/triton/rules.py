@@ -1,7 +1,7 @@
 """What happens among the children of one node: which is accepted, and what is left to draw from if none is.
 
-The rules are those of `specdec_kernels.reference.rules`. Each takes the Lse of the node's rows and returns (the
-accepted child or -1, what is left of p, the draft's Lse as the rule leaves it).
+The rules are those of `specdec_kernels.reference.rules`. Each is asked at a node that has children, takes the Lse of
+its rows and returns (the accepted child or -1, what is left of p, the draft's Lse as the rule leaves it).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from .rejection import chance, contains, odds, reject, remove, target_prob, with
 from .request import accepts, draws_of, first_draw, judged, next_draw
 from .rows import row_at
 from .tree import children_tokens, last_child, next_child
-from .weights import Left, mass, overlap, untouched
+from .weights import NOT_SUMMED, Left, mass, overlap, untouched
 
 PRECISION = tl.constexpr(1e-8)  # of K-SEQ's scale, relative
 
@@ -43,26 +43,30 @@ def multi_round(r, node, p, q, REPLACEMENT: tl.constexpr, EXCLUDE: tl.constexpr,
 
 
 @triton.jit
+def new_prob(r, node, child, gone, target, p):
+    """Probability of the token of `child`; 0 where an earlier sibling had the token, or it is `gone`."""
+    token = tl.load(r.tree.tokens + child)
+    known = contains(children_tokens(r.tree, node, node + 1, child - 1), token) | (token == gone)
+    return tl.where(known, 0.0, target_prob(target, p, token))
+
+
+@triton.jit
 def target_only(r, node, p, q, BLOCK: tl.constexpr):
     """One coin for all siblings: it falls into the running sum of their p, or past it (EAGLE-2)."""
     target = row_at(r.target, r.first + node, p.cut)
+    u = accept_coin(r.coins, node, 0)
+    running = u * 0.0
     accepted = node * 0 - 1
     until = node
-    total = tl.full((), 0.0, tl.float32)
     child = next_child(r.tree, node, node)
-    if child >= 0:
-        u = accept_coin(r.coins, node, 0)
-        while child >= 0:
-            token = tl.load(r.tree.tokens + child)
-            if ~contains(children_tokens(r.tree, node, node + 1, child - 1), token):
-                total += target_prob(target, p, token)
-            hit = (u < total) | judged(r, child)
-            accepted = tl.where(hit, child, accepted)
-            until = child
-            child = tl.where(hit, -1, next_child(r.tree, node, child))
+    while child >= 0:
+        running += new_prob(r, node, child, -1, target, p)
+        hit = (u < running) | judged(r, child)
+        accepted = tl.where(hit, child, accepted)
+        until = child
+        child = tl.where(hit, -1, next_child(r.tree, node, child))
     left = untouched(node)
-    left = Left(c=left.c, d=left.d, m=tl.where(until > node, -left.m, left.m), since=left.since, until=until)
-    return accepted, left, q
+    return accepted, Left(c=left.c, d=left.d, m=NOT_SUMMED * left.m, since=left.since, until=until), q
 
 
 @triton.jit
@@ -85,7 +89,7 @@ def scale(k, target, p, draft, q, BLOCK: tl.constexpr):
     low, high, margin = rho, rho * k, rho * PRECISION
     both = rho
     rounds = 0
-    searching = k >= 1
+    searching = k > 0
     refining = k > 1
     while searching:
         both, capped = overlap(rho, target, p, draft, q, BLOCK)
@@ -126,10 +130,9 @@ def k_seq(r, node, p, q, BLOCK: tl.constexpr):
         hit = accepts(r, child, accept_coin(r.coins, child, draw.repeat), scaled, target_prob(target, p, token))
         accepted = tl.where(hit, child, accepted)
         draw = next_draw(r, node, draw)
-    taken = tl.where((k > 0) & (both > 0), reached(both, k) / both, 0.0)
-    d = tl.where(k > 0, taken / rho, left.d)
-    m = tl.where(k > 0, -left.m, left.m)
-    return accepted, Left(c=taken, d=d, m=m, since=left.since, until=left.until), q
+    taken = tl.where(both > 0, reached(both, k) / both, 0.0)
+    left = Left(c=taken, d=taken / rho, m=NOT_SUMMED * left.m, since=left.since, until=left.until)
+    return accepted, left, q
 
 
 @triton.jit
@@ -142,53 +145,42 @@ def greedy_multi(r, node, p, q, BLOCK: tl.constexpr):
     target, draft = row_at(r.target, r.first + node, p.cut), row_at(r.draft, r.first + node, q.cut)
     left = untouched(node)
     accepted = node * 0 - 1
-    last = last_child(r.tree, node)
-    if last >= 0:
-        first = next_child(r.tree, node, node)
-        if first < last:
-            q = without(draft, q, children_tokens(r.tree, node, node + 1, last - 1), r.tree.vocabulary, BLOCK)
-        token = tl.load(r.tree.tokens + last)
-        q_x = chance(draft, q, token)
-        if contains(children_tokens(r.tree, node, node + 1, last - 1), token) & (q.mass > 0):
-            q_x = q_x * 0.0
-        if accepts(r, last, accept_coin(r.coins, last, 0), q_x, target_prob(target, p, token)):
-            accepted = last
-        else:
-            # Outside the tops, the draw's residual is summed; the tops, of which the rest of q has nothing, keep their
-            # p. They stay out of what is left.
-            point = ~(q.mass > 0)
-            left = Left(
-                c=tl.where(point, left.c, 1.0), d=left.d, m=left.m, since=left.since,
-                until=tl.where(point, last, last - 1),
-            )  # fmt: skip
-            total = left.m
-            outside = left.m
-            if ~target.greedy:
-                out = children_tokens(r.tree, node, left.since, left.until)
-                outside = mass(left, target, p, draft, q, out, BLOCK)
-                total = outside
-                child = first
-                while child < last:
-                    top = tl.load(r.tree.tokens + child)
-                    is_new = ~contains(children_tokens(r.tree, node, node + 1, child - 1), top)
-                    is_new = is_new & ~(point & (top == token))
-                    total += tl.where(is_new, target_prob(target, p, top), 0.0).to(tl.float64)
-                    child = next_child(r.tree, node, child)
-            nothing = ~(total > 0)  # of probability 0, but rounding may reach it; then p stands in
-            left = Left(
-                c=tl.where(nothing, 0.0, left.c), d=left.d, m=tl.where(nothing, -1.0, outside), since=left.since,
-                until=tl.where(nothing, last - 1, left.until),
-            )  # fmt: skip
-            total = tl.where(nothing, 1.0, total).to(tl.float32)
-            u = accept_coin(r.coins, first, 0)
-            running = total * 0.0
+    first, last = next_child(r.tree, node, node), last_child(r.tree, node)
+    tops = children_tokens(r.tree, node, node + 1, last - 1)
+    if first < last:
+        q = without(draft, q, tops, r.tree.vocabulary, BLOCK)
+    token = tl.load(r.tree.tokens + last)
+    point = ~(q.mass > 0)
+    q_x = tl.where(contains(tops, token) & ~point, 0.0, chance(draft, q, token))
+    if accepts(r, last, accept_coin(r.coins, last, 0), q_x, target_prob(target, p, token)):
+        accepted = last
+    else:
+        # The tops, of which the rest of q has nothing, keep their p; but they are out of what is left to draw from.
+        gone = tl.where(point, token, -1)
+        until = tl.where(point, last, last - 1)
+        left = Left(c=tl.where(point, left.c, 1.0), d=left.d, m=left.m, since=left.since, until=until)
+        outside, total = left.m, left.m
+        if ~target.greedy:
+            out = children_tokens(r.tree, node, left.since, until)
+            outside = mass(left, target, p, draft, q, out, BLOCK)
+            total = outside
             child = first
             while child < last:
-                top = tl.load(r.tree.tokens + child)
-                is_new = ~contains(children_tokens(r.tree, node, node + 1, child - 1), top)
-                is_new = is_new & ~(point & ~nothing & (top == token))
-                running += tl.where(is_new, target_prob(target, p, top), 0.0) / total
-                hit = (u < running) | judged(r, child)
-                accepted = tl.where(hit, child, accepted)
-                child = tl.where(hit, last, next_child(r.tree, node, child))
+                total += new_prob(r, node, child, gone, target, p).to(tl.float64)
+                child = next_child(r.tree, node, child)
+        nothing = ~(total > 0)  # of probability 0, but rounding may reach it; then p stands in
+        gone = tl.where(nothing, -1, gone)
+        left = Left(
+            c=tl.where(nothing, 0.0, left.c), d=left.d, m=tl.where(nothing, NOT_SUMMED, outside), since=left.since,
+            until=tl.where(nothing, last - 1, until),
+        )  # fmt: skip
+        total = tl.where(nothing, 1.0, total).to(tl.float32)
+        u = accept_coin(r.coins, first, 0)
+        running = u * 0.0
+        child = first
+        while child < last:
+            running += new_prob(r, node, child, gone, target, p) / total
+            hit = (u < running) | judged(r, child)
+            accepted = tl.where(hit, child, accepted)
+            child = tl.where(hit, last, next_child(r.tree, node, child))
     return accepted, left, q

@@ -15,7 +15,7 @@ from .rows import Rows, row_at
 from .traversal import walk_traversal
 from .tree import children_tokens, load_tree
 from .walks import token_logprob, walk_by_rate, walk_down, walk_greedy, walk_typical
-from .weights import Left, draw, mass, untouched
+from .weights import NOT_SUMMED, Left, draw, mass, untouched
 
 
 @triton.jit
@@ -52,7 +52,7 @@ def last_token(r, walk, METHOD: tl.constexpr, EXCLUDE: tl.constexpr, BLOCK: tl.c
             if EXCLUDE:
                 out = children_tokens(r.tree, walk.node, left.since, left.until)
             if METHOD == "target_only" or METHOD == "greedy_multi" or METHOD == "k_seq":
-                if left.m < 0:  # not summed yet
+                if left.m == NOT_SUMMED:
                     total = mass(left, target, walk.p, draft, walk.q, out, BLOCK)
                     left = Left(c=left.c, d=left.d, m=total, since=left.since, until=left.until)
                 if left.m <= 0:  # of probability 0, but rounding may reach it; then p stands in

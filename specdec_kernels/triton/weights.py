@@ -15,6 +15,7 @@ from .cut import cut
 from .rows import Lse, block_columns, is_sound, logits_at, lse, prob, row_at, struck
 
 LARGEST = tl.constexpr(1e30)  # of c: finite, so that c * 0 is 0
+NOT_SUMMED = tl.constexpr(-1.0)  # m of a residual that is summed only if something is drawn from it
 
 
 class Left(NamedTuple):
@@ -22,7 +23,7 @@ class Left(NamedTuple):
 
     c: tl.tensor  # fp64
     d: tl.tensor  # fp64
-    m: tl.tensor  # fp64, sum of the weights
+    m: tl.tensor  # fp64, sum of the weights, or NOT_SUMMED
     since: tl.tensor  # int32 local nodes: the tokens of this node's children among them are out
     until: tl.tensor
 
