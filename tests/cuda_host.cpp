@@ -1,5 +1,6 @@
-// The scheduler behind cuda_host.h. Compiled without -fsanitize=thread even where the device code is compiled with it
-// (SPECDEC_TSAN then names the order that barriers make), since fibers pass its own data around without any.
+// The scheduler behind cuda_host.h. No sanitiser instruments it, since fibers pass its own data around without the
+// order that they need elsewhere; SPECDEC_SANITISED keeps to switches that sanitisers know, SPECDEC_TSAN tells the one
+// for threads what is a thread and which order barriers make.
 #include "cuda_host.h"
 
 #include <setjmp.h>
@@ -75,7 +76,7 @@ void leave_to_main() {
   setcontext(&main_context);
 }
 
-// Gives way to the next fiber that can run. Under TSan by swapcontext, otherwise without its system calls.
+// Gives way to the next fiber that can run: by jumps, which spare swapcontext's system calls, but not under sanitisers.
 void give_way(bool comes_back) {
   if (num_ready == 0) {
     if (running > 0 && failure == nullptr) failure = "threads wait for each other in vain";
@@ -89,6 +90,8 @@ void give_way(bool comes_back) {
   current = next;
 #ifdef SPECDEC_TSAN
   __tsan_switch_to_fiber(next->tsan, kNoOrder);
+#endif
+#ifdef SPECDEC_SANITISED
   if (comes_back)
     swapcontext(&before->context, &next->context);
   else
@@ -130,9 +133,7 @@ Index thread_index() { return {static_cast<unsigned>(current->thread)}; }
 Index block_size() { return {static_cast<unsigned>(threads_of_block)}; }
 unsigned lane() { return static_cast<unsigned>(current->thread) % 32; }
 
-void barrier(unsigned id, unsigned count) {
-  wait_at(barriers[current->block][id], count, true);
-}
+void barrier(unsigned id, unsigned count) { wait_at(barriers[current->block][id], count, true); }
 
 const uint64_t* meet(Meeting kind, uint64_t value) {
   Warp& warp = warps[current->block][current->thread / 32];

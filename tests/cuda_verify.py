@@ -1,11 +1,11 @@
-"""Verification's CUDA code on the host (cuda_host.h), behind the public functions: builds it, hands it arguments."""
+"""Verification's CUDA code on the host (cuda_host.h) behind the public functions: builds it and hands it arguments."""
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import os
 import shutil
+import struct
 import subprocess
 from pathlib import Path
 from unittest import mock
@@ -18,20 +18,22 @@ from specdec_kernels import backends, library
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = ("cuda_host.cpp", "cuda_verify_host.cpp")
-HEADERS = [*(ROOT / "csrc/cuda").glob("verify*"), *(ROOT / "csrc/include/specdec").glob("*.h")]
 METHODS = (
     "greedy", "target_only", "multi_round", "without_replacement", "k_seq", "greedy_multi", "typical", "traversal",
     "traversal_iid",
 )  # fmt: skip
 CHAINS = {"token": "multi_round", "block": "traversal"}
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-FLAGS = ["-std=c++20", "-O1", "-g", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-ffp-contract=off"]
-FLAGS += ["-U_FORTIFY_SOURCE", f"-I{ROOT / 'csrc/include'}"]  # which takes a jump to another stack for an error
+# _FORTIFY_SOURCE takes a jump to another fiber's stack for an error.
+FLAGS = ["-std=c++20", "-O1", "-g", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-U_FORTIFY_SOURCE"]
+FLAGS += ["-ffp-contract=off", "-fPIC", f"-I{ROOT / 'csrc/include'}"]
 
 _P, _I32, _I64, _F32 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64, ctypes.c_float
 
 
 class Side(ctypes.Structure):
+    """`Side` of csrc/cuda/verify.h."""
+
     _fields_ = [
         ("data", _P), ("mixed", _P), ("stride", _I64), ("mixed_stride", _I64), ("mix", _F32), ("type", _I32),
         ("columns", _I64), ("vocabulary", _I64), ("ids", _P), ("allowed", _P), ("allowed_stride", _I64),
@@ -40,6 +42,8 @@ class Side(ctypes.Structure):
 
 
 class Launch(ctypes.Structure):
+    """`Launch` of csrc/cuda/verify.h."""
+
     _fields_ = [
         ("sides", Side * 2), ("tokens", _P), ("parents", _P), ("cu_nodes", _P), ("counts", _P), ("judge", _P),
         ("synthetic", _P), ("lenience", _F32), ("seed", _P), ("offset", _P), ("accept_uniforms", _P),
@@ -53,114 +57,147 @@ def compiler() -> str | None:
     return shutil.which(os.environ.get("CXX", "c++"))
 
 
-def build(folder: Path, *flags: str) -> Path:
-    """A library, or a program where -fsanitize is among the flags; returns its path."""
-    sanitised = [flag for flag in flags if flag.startswith("-fsanitize=")]
-    output = folder / ("verify_host" if sanitised else "verify_host.so")
-    objects = []
-    for source in SOURCES:
-        # The scheduler is not instrumented: what it does is no thread's.
-        own = [flag for flag in flags if source != SOURCES[0] or flag not in sanitised]
-        objects.append(str(folder / f"{source}.o"))
-        command = [compiler(), *FLAGS, *own, "-fPIC", "-c", str(ROOT / "tests" / source), "-o", objects[-1]]
-        subprocess.run(command, check=True)
-    link = [compiler(), *objects, *sanitised, "-o", str(output), *([] if sanitised else ["-shared"])]
-    subprocess.run(link, check=True)
+def build(folder: Path, sanitiser: str | None = None, *, kernels: Path = ROOT / "csrc/cuda") -> Path:
+    """The library or, with a sanitiser, the program, of the device code in `kernels`; returns its path."""
+    output = folder / ("verify_host.so" if sanitiser is None else f"verify_host_{sanitiser}")
+    scheduler, verify = (folder / f"{source}.{sanitiser}.o" for source in SOURCES)
+    sanitise = [] if sanitiser is None else [f"-fsanitize={sanitiser}"]
+    kind = ["-shared"] if sanitiser is None else []
+    of_scheduler = ["-DSPECDEC_SANITISED"] * bool(sanitise) + ["-DSPECDEC_TSAN"] * (sanitiser == "thread")
+    of_verify = [f"-I{kernels}", *sanitise, *["-DSPECDEC_PROGRAM"] * bool(sanitise)]
+    for source, target, flags in zip(SOURCES, (scheduler, verify), (of_scheduler, of_verify), strict=True):
+        subprocess.run([compiler(), *FLAGS, *flags, "-c", str(ROOT / "tests" / source), "-o", str(target)], check=True)
+    subprocess.run([compiler(), str(scheduler), str(verify), *sanitise, *kind, "-o", str(output)], check=True)
     return output
 
 
 class Host:
-    """The op's overloads, as they would be called on a device with few multiprocessors."""
+    """The ops as they would run on a device that gives each request `team` thread blocks."""
 
     def __init__(self, path: Path, *, team: int = 2, readers: int = 2):
         self.library = ctypes.CDLL(str(path))
         self.library.verify_on_host.restype = ctypes.c_char_p
         assert self.library.launch_size() == ctypes.sizeof(Launch)
         self.team, self.readers = team, readers
+        self.calls = 0
 
     def run(self, case, **changes) -> sk.Verified:
-        """`case`, of tree_cases, by way of the public functions."""
-        with self.installed():
-            return case.run(None, **changes)
-
-    @contextlib.contextmanager
-    def installed(self):
+        """`case`, of tree_cases.py, by way of the public functions."""
+        calls = self.calls
         with (
             mock.patch.object(backends, "select", lambda *_, **__: "host"),
             mock.patch.object(library, "overload", lambda name, _: getattr(self, name)),
         ):
-            yield
+            answer = case.run(None, **changes)
+        assert self.calls == calls + 1
+        return answer
 
     def verify_chain(self, tokens, cu_nodes, target, draft, draft_vocab, max_depth, method, *tail):
-        parents = counts = None
-        method = CHAINS.get(method, method)
-        return self.verify_tree(
-            tokens, parents, cu_nodes, counts, target, draft, draft_vocab, max_depth + 1, max_depth, method, *tail
-        )
+        sizes = (max_depth + 1, max_depth, CHAINS.get(method, method))
+        return self.verify_tree(tokens, None, cu_nodes, None, target, draft, draft_vocab, *sizes, *tail)
 
     def verify_tree(self, *arguments):
-        launch, method, outputs, _kept = launch_of(*arguments)
-        launch.team = self.team
-        failure = self.library.verify_on_host(ctypes.byref(launch), METHODS.index(method), self.readers)
+        call = Call(self.team, *arguments)
+        failure = self.library.verify_on_host(ctypes.byref(call.launch), call.method, self.readers)
         assert failure is None, failure.decode()
-        return outputs
+        self.calls += 1
+        return call.outputs
 
 
-def launch_of(
-    tokens, parents, cu_nodes, counts, target, draft, draft_vocab, max_nodes, max_depth, method,
-    params, scalars, allowed, draft_params, draft_scalars, draft_allowed,
-    judge, reflect, reflect_weight, synthetic, lenience, seed, offset, accept, final, logprobs,
-):  # fmt: skip
-    """(Launch, the tree's method, outputs, what must live as long) of the op's arguments, as csrc/cuda makes them."""
-    kept: list[Tensor] = []
+class Program(Host):
+    """The same in a process of its own, which a sanitiser watches."""
 
-    def pointer(tensor: Tensor | None):
+    def __init__(self, path: Path, folder: Path, *, team: int = 2, readers: int = 2):
+        self.path, self.file = path, folder / "arguments"
+        self.team, self.readers = team, readers
+        self.calls = 0
+
+    def verify_tree(self, *arguments):
+        call = Call(self.team, *arguments)
+        self.file.write_bytes(call.packed(self.readers))
+        done = subprocess.run([str(self.path), str(self.file)], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[:6000]
+        for output, line in zip(call.outputs, done.stdout.splitlines(), strict=False):
+            output.copy_(torch.tensor([int(x) for x in line.split()], dtype=torch.int32).view_as(output))
+        self.calls += 1
+        return call.outputs
+
+
+class Call:
+    """The op's arguments as csrc/cuda/verify.cu lays them out, and its outputs, poisoned."""
+
+    def __init__(
+        self, team, tokens, parents, cu_nodes, counts, target, draft, draft_vocab, max_nodes, max_depth, method,
+        params, scalars, allowed, draft_params, draft_scalars, draft_allowed,
+        judge, reflect, reflect_weight, synthetic, lenience, seed, offset, accept, final, logprobs,
+    ):  # fmt: skip
+        self.launch, self.method = Launch(), METHODS.index(method)
+        self.kept: list[tuple[int, Tensor]] = []  # where its address stands, and the tensor
+        batch, width = len(cu_nodes) - 1, max_depth + 1
+        if method == "greedy":
+            params, scalars = None, (0.0, 0.0, 1.0, 0.0)
+        if method in ("greedy", "target_only", "typical") or synthetic is not None:
+            draft = None
+        sides = (
+            (target, reflect, None, allowed, params, scalars),
+            (draft, None, draft_vocab, draft_allowed, draft_params, draft_scalars),
+        )
+        for i, (logits, mixed, ids, mask, of_requests, common) in enumerate(sides):
+            if logits is None:
+                continue
+            side, at = self.launch.sides[i], Launch.sides.offset + i * ctypes.sizeof(Side)
+            side.stride = self._rows(side, "data", logits, at) * logits.element_size()
+            side.mixed_stride = self._rows(side, "mixed", mixed, at) * logits.element_size()
+            side.allowed_stride = self._rows(side, "allowed", mask, at)
+            side.mix, side.type = reflect_weight, TYPES[logits.dtype]
+            side.columns, side.vocabulary = logits.shape[1], target.shape[1]
+            self._set(side, "ids", ids, at)
+            self._set(side, "params", of_requests, at)
+            side.common = (ctypes.c_float * 4)(*common)
+        self.outputs = tuple(
+            torch.full(shape, -7777, dtype=dtype)
+            for shape, dtype in (
+                ((batch, width), torch.int32),
+                ((batch, width), torch.int32),
+                ((batch,), torch.int32),
+                ((batch, width if logprobs else 0), torch.float32),
+            )
+        )
+        given = {
+            "tokens": tokens, "parents": parents, "cu_nodes": cu_nodes, "counts": counts, "judge": judge,
+            "synthetic": synthetic, "seed": seed, "offset": offset, "accept_uniforms": accept,
+            "final_uniforms": final, "out_tokens": self.outputs[0], "out_nodes": self.outputs[1],
+            "out_number": self.outputs[2], "out_logprobs": self.outputs[3] if logprobs else None,
+        }  # fmt: skip
+        for name, tensor in given.items():
+            self._set(self.launch, name, tensor)
+        self.launch.lenience, self.launch.nodes, self.launch.vocabulary = lenience, *target.shape
+        self.launch.batch, self.launch.max_nodes, self.launch.max_depth = batch, max_nodes, max_depth
+        self.launch.team = team
+
+    def _set(self, struct_, name: str, tensor: Tensor | None, base: int = 0) -> None:
+        if tensor is not None:
+            tensor = tensor.contiguous()
+            self.kept.append((base + getattr(type(struct_), name).offset, tensor))
+            setattr(struct_, name, tensor.data_ptr())
+
+    def _rows(self, side: Side, name: str, tensor: Tensor | None, base: int) -> int:
+        """Returns the elements between rows, which are read where they lie."""
         if tensor is None:
-            return None
-        kept.append(tensor.contiguous())
-        return kept[-1].data_ptr()
+            return 0
+        tensor = tensor if tensor.shape[1] <= 1 or tensor.stride(1) == 1 else tensor.contiguous()
+        self.kept.append((base + getattr(Side, name).offset, tensor))
+        setattr(side, name, tensor.data_ptr())
+        return tensor.stride(0)
 
-    def rows(tensor: Tensor | None) -> tuple:
-        """(address, bytes between rows)"""
-        if tensor is None:
-            return None, 0
-        kept.append(tensor if tensor.shape[1] <= 1 or tensor.stride(1) == 1 else tensor.contiguous())
-        return kept[-1].data_ptr(), kept[-1].stride(0) * tensor.element_size()
-
-    nodes, vocabulary = target.shape
-    batch, width = len(cu_nodes) - 1, max_depth + 1
-    if method == "greedy" and synthetic is None:
-        params, scalars, draft = None, (0.0, 0.0, 1.0, 0.0), None
-    launch = Launch()
-    sides = (
-        (target, reflect, None, allowed, params, scalars),
-        (draft, None, draft_vocab, draft_allowed, draft_params, draft_scalars),
-    )
-    for side, (logits, mixed, ids, mask, of_requests, common) in zip(launch.sides, sides, strict=True):
-        if logits is None:
-            continue
-        side.data, side.stride = rows(logits)
-        side.mixed, side.mixed_stride = rows(mixed)
-        side.mix, side.type = reflect_weight, TYPES[logits.dtype]
-        side.columns, side.vocabulary, side.ids = logits.shape[1], vocabulary, pointer(ids)
-        side.allowed, side.allowed_stride = rows(mask)
-        side.allowed_stride //= 4
-        side.params, side.common = pointer(of_requests), (ctypes.c_float * 4)(*common)
-    outputs = (
-        torch.full((batch, width), -7777, dtype=torch.int32),
-        torch.full((batch, width), -7777, dtype=torch.int32),
-        torch.full((batch,), -7777, dtype=torch.int32),
-        torch.full((batch, width if logprobs else 0), -7777.0),
-    )
-    given = {
-        "tokens": tokens, "parents": parents, "cu_nodes": cu_nodes, "counts": counts, "judge": judge,
-        "synthetic": synthetic, "seed": seed, "offset": offset, "accept_uniforms": accept, "final_uniforms": final,
-    }  # fmt: skip
-    for name, tensor in given.items():
-        setattr(launch, name, pointer(tensor))
-    for name, tensor in zip(("out_tokens", "out_nodes", "out_number"), outputs, strict=False):
-        setattr(launch, name, tensor.data_ptr())
-    launch.out_logprobs = outputs[3].data_ptr() if logprobs else None
-    launch.lenience, launch.nodes, launch.vocabulary = lenience, nodes, vocabulary
-    launch.batch, launch.max_nodes, launch.max_depth, launch.team = batch, max_nodes, max_depth, 1
-    return launch, method, outputs, kept
+    def packed(self, readers: int) -> bytes:
+        """What the program reads: every tensor with just the memory between its first and its last element."""
+        parts = [struct.pack("<3q", self.method, readers, len(self.kept))]
+        for field, tensor in self.kept:
+            reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)) + 1
+            size = tensor.element_size() * (reach if tensor.numel() else 0)
+            parts += [
+                struct.pack("<3q", field, tensor.data_ptr() % 16, size),
+                ctypes.string_at(tensor.data_ptr(), size),
+            ]
+        return b"".join([*parts, bytes(self.launch)])

@@ -1,62 +1,120 @@
-// Verification's CUDA code on the host. As a library: verify_on_host(). As a program (SPECDEC_PROGRAM), which sanitisers
-// need: calls it on the arguments in a file and prints the results.
-#include "cuda_host.h"
-
+// Verification's CUDA code on the host. As a library: verify_on_host(). As a program, which sanitisers need
+// (-DSPECDEC_PROGRAM): calls it on the arguments in a file and prints the outputs.
 #include <cstdio>
 #include <cstdlib>
+#include <memory>
 #include <vector>
 
-#include "../csrc/cuda/verify_walk.cuh"
+#include "cuda_host.h"
+
+// After the names that it takes from nvcc.
+#include "verify_walk.cuh"
 
 using namespace specdec;
 using namespace specdec::device;
 
 namespace {
 
+// Memory that was neither zeroed nor written holds this.
+constexpr int kPoison = 0xCB;
+
+struct Free {
+  void operator()(void* memory) const { std::free(memory); }
+};
+using Memory = std::unique_ptr<char, Free>;
+
+// As a device allocates it; a byte behind its end is nobody's.
+Memory allocate(int64_t bytes) {
+  void* memory = nullptr;
+  if (posix_memalign(&memory, 64, static_cast<size_t>(bytes > 0 ? bytes : 1)) != 0) std::abort();
+  std::memset(memory, kPoison, static_cast<size_t>(bytes));
+  return Memory(static_cast<char*>(memory));
+}
+
 struct Call {
-  Launch launch;
+  const Launch& launch;
   Method method;
   int request;
-  std::vector<Shared*> shared;
-  std::vector<unsigned char*> tiles;
+  std::vector<Memory> shared, tiles;
 };
 
 void run_block(void* argument, int block) {
-  Call& call = *static_cast<Call*>(argument);
-  verify_request(call.launch, call.method, call.request * call.launch.team + block, *call.shared[block],
-                 call.tiles[block]);
+  const Call& call = *static_cast<Call*>(argument);
+  verify_request(call.launch, call.method, call.request * call.launch.team + block,
+                 *reinterpret_cast<Shared*>(call.shared[block].get()),
+                 reinterpret_cast<unsigned char*>(call.tiles[block].get()));
 }
 
 }  // namespace
 
-// What is neither zeroed nor written holds this.
-constexpr int kPoison = 0xCB;
-
-// `launch` is complete but for its scratch. Null, or what went wrong.
-extern "C" const char* verify_on_host(const Launch* launch, int method, int readers) {
-  Call call{*launch, static_cast<Method>(method), 0, {}, {}};
-  int64_t zeroed;
-  const int64_t bytes = lay_out(call.launch, call.method, nullptr, &zeroed);
-  char* scratch = static_cast<char*>(std::aligned_alloc(64, (bytes + 63) / 64 * 64 + 64));
-  std::memset(scratch, kPoison, bytes);
-  std::memset(scratch, 0, zeroed);
-  lay_out(call.launch, call.method, scratch, &zeroed);
+// `arguments` are complete but for their scratch. Null, or what went wrong.
+extern "C" const char* verify_on_host(const Launch* arguments, int method, int readers) {
+  Launch launch = *arguments;
+  int64_t zeroed = 0;
+  const Memory scratch = allocate(lay_out(launch, static_cast<Method>(method), nullptr, &zeroed));
+  std::memset(scratch.get(), 0, static_cast<size_t>(zeroed));
+  lay_out(launch, static_cast<Method>(method), scratch.get(), &zeroed);
   const char* failure = nullptr;
-  for (call.request = 0; call.request < launch->batch && failure == nullptr; ++call.request) {
-    for (int block = 0; block < launch->team; ++block) {
-      call.shared.push_back(static_cast<Shared*>(std::malloc(sizeof(Shared))));
-      call.tiles.push_back(static_cast<unsigned char*>(std::aligned_alloc(64, readers * kTile)));
-      std::memset(static_cast<void*>(call.shared.back()), kPoison, sizeof(Shared));
-      std::memset(call.tiles.back(), kPoison, readers * kTile);
+  for (int request = 0; request < launch.batch && failure == nullptr; ++request) {
+    Call call{launch, static_cast<Method>(method), request, {}, {}};
+    for (int block = 0; block < launch.team; ++block) {
+      call.shared.push_back(allocate(sizeof(Shared)));
+      call.tiles.push_back(allocate(readers * kTile));
     }
-    failure = cuda_host::run(launch->team, (readers + 2) * kLanes, run_block, &call);
-    for (Shared* memory : call.shared) std::free(memory);
-    for (unsigned char* memory : call.tiles) std::free(memory);
-    call.shared.clear();
-    call.tiles.clear();
+    failure = cuda_host::run(launch.team, (readers + 2) * kLanes, run_block, &call);
   }
-  std::free(scratch);
   return failure;
 }
 
 extern "C" int launch_size() { return sizeof(Launch); }
+
+#ifdef SPECDEC_PROGRAM
+
+namespace {
+
+template <typename T>
+T read(std::FILE* file) {
+  T value;
+  if (std::fread(&value, sizeof(T), 1, file) != 1) std::abort();
+  return value;
+}
+
+template <typename T>
+void print(const T* values, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) std::printf("%d ", static_cast<int>(values[i]));
+  std::printf("\n");
+}
+
+}  // namespace
+
+// The file: method, readers; how many tensors, and of each where its address stands in the Launch, how far that is past
+// a multiple of 16, its bytes; the Launch. Integers are int64.
+int main(int, char** argv) {
+  std::FILE* file = std::fopen(argv[1], "rb");
+  if (file == nullptr) return 2;
+  const auto method = static_cast<int>(read<int64_t>(file)), readers = static_cast<int>(read<int64_t>(file));
+  std::vector<Memory> tensors;
+  std::vector<std::pair<int64_t, char*>> pointers;
+  for (int64_t left = read<int64_t>(file); left > 0; --left) {
+    const auto field = read<int64_t>(file), skew = read<int64_t>(file), bytes = read<int64_t>(file);
+    tensors.push_back(allocate(skew + bytes));
+    char* data = tensors.back().get() + skew;
+    if (std::fread(data, 1, static_cast<size_t>(bytes), file) != static_cast<size_t>(bytes)) return 2;
+    pointers.emplace_back(field, data);
+  }
+  auto launch = read<Launch>(file);
+  std::fclose(file);
+  for (const auto& [field, data] : pointers) std::memcpy(reinterpret_cast<char*>(&launch) + field, &data, sizeof(data));
+  const char* failure = verify_on_host(&launch, method, readers);
+  if (failure != nullptr) {
+    std::fprintf(stderr, "%s\n", failure);
+    return 1;
+  }
+  const int64_t entries = int64_t{launch.batch} * (launch.max_depth + 1);
+  print(launch.out_tokens, entries);
+  print(launch.out_nodes, entries);
+  print(launch.out_number, launch.batch);
+  return 0;
+}
+
+#endif

@@ -14,7 +14,7 @@ from specdec_kernels.reference.rows import Rows
 from tree_cases import COUNTED, NEEDS_Q, SCHEMES
 from verify_backends import DEVICE, every_backend
 
-pytestmark = every_backend("cpu", "cuda", cpu=pytest.mark.native, cuda=pytest.mark.gpu)
+pytestmark = every_backend("cpu", "cuda", cuda=pytest.mark.gpu)
 
 VOCABULARY, SIGNIFICANCE = 16, 1e-4
 FEW, MANY = 20_000, 200_000

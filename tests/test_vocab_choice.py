@@ -85,21 +85,24 @@ def test_the_chosen_size_is_within_3_percent_of_an_exhaustive_sweep(name):
 
 @pytest.mark.full
 def test_the_chosen_size_is_within_3_percent_of_a_measured_sweep():
-    """Time for each token on this machine: 64 sizes of a real head against the sixteen that the choice looks at."""
+    """Time for each token on this machine: 57 sizes of a real head against the few that the choice looks at."""
     weight = torch.randn(V, 2048, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+    # More than a cache holds: how much of it is left to one process changes by the second where others run too.
+    other = torch.zeros(24_000_000)
+    options = {"between": other.sum, "seconds": 300}
     sizes = sorted({*size_grid(V, 256, count=32), *range(1024, V, 1024)})
+    sweep = measure_head(weight, torch.arange(V), sizes, rounds=60, **options)
+    whole = float(sweep.seconds[-1])
+    # Steps that weigh against the head as those of a small model do.
+    costs = Costs(target=4 * whole, body=0.2 * whole, plain=3.8 * whole)
     for name in CORPORA:
         counted, heldout = halves(name)
         order = frequency_order(count_tokens(counted, V), force=[0])
-        measured = measure_head(weight, order, size_grid(V, 256), rounds=25, seconds=60)
-        # Steps that weigh against the head as those of a small model do.
-        whole = float(measured.seconds[-1])
-        costs = Costs(target=4 * whole, body=0.2 * whole, plain=3.8 * whole)
-        choice = choose_size(run_coverage(heldout, order, K), measured, costs, acceptance=ACCEPTANCE)
-        everywhere = sorted({*sizes, choice.size})
-        sweep = measure_head(weight, order, everywhere, rounds=40, seconds=120)
-        cost = swept(heldout, order, sweep.seconds, costs, ACCEPTANCE, everywhere)
-        assert cost[everywhere.index(choice.size)] <= 1.03 * cost.min(), (name, choice.size)
+        measured = measure_head(weight, order, size_grid(V, 256), rounds=25, **options)
+        size = choose_size(run_coverage(heldout, order, K), measured, costs, acceptance=ACCEPTANCE).size
+        cost = swept(heldout, order, sweep.seconds, costs, ACCEPTANCE, sizes)
+        found = swept(heldout, order, sweep.at([size]), costs, ACCEPTANCE, [size])
+        assert float(found) <= 1.03 * cost.min(), (name, size)
 
 
 def test_runs_are_counted_one_by_one():
@@ -161,8 +164,8 @@ def test_every_step_and_every_measured_size_is_weighed():
 
 
 def test_grid():
-    assert size_grid(32000, 256)[:3] == [256, 353, 487]
-    assert len(size_grid(32000, 256)) == 16 and size_grid(32000, 256)[-1] == 32000
+    assert size_grid(32000, 256, 16)[:3] == [256, 353, 487]
+    assert len(size_grid(32000, 256)) == 24 and size_grid(32000, 256)[-1] == 32000
     assert size_grid(7, 7) == [7]
     small = size_grid(10, 1)
     assert small == sorted(set(small)) and (small[0], small[-1]) == (1, 10)

@@ -26,8 +26,8 @@ enum class DType : int32_t { kFloat, kBf16, kHalf };
 
 // The rows of one model's logits, and how they become distributions.
 struct Side {
-  const char* data;   // null: no logits
-  const char* mixed;  // logits that are mixed in, of the same type, or null
+  const char* data;              // null: no logits
+  const char* mixed;             // logits that are mixed in, of the same type, or null
   int64_t stride, mixed_stride;  // bytes from row to row
   float mix;                     // a logit is (1 - mix) * its own + mix * the other's
   DType type;
@@ -44,13 +44,13 @@ struct Side {
 
 // Memory of a call; sizes follow from shapes. A team is the thread blocks that share a request.
 struct Scratch {
-  uint32_t* arrivals;    // [batch, kArrivalStride], zeroed: thread blocks that reached the team's barrier so far
-  double* sums;          // [batch, 2, sums_size]: of the blocks of a pass, and of the pass before
-  uint64_t* bins;        // [batch, 2, team, kBins] if there may be filters: of a pass, and of the pass before
-  int32_t* links;        // [batch, 2, max_nodes] in trees: first child and next sibling
-  int32_t* excluded;     // [batch, team, 2, max_nodes]: tokens, and the draft's columns of them
-  int32_t* marks;        // [batch, team, max_nodes] where nodes are marked
-  Frame* frames;         // [batch, team, max_depth + 1] for traversal
+  uint32_t* arrivals;  // [batch, kArrivalStride], zeroed: thread blocks that reached the team's barrier so far
+  double* sums;        // [batch, 2, sums_size]: of the blocks of a pass, and of the pass before
+  uint64_t* bins;      // [batch, 2, team, kBins] if there may be filters: of a pass, and of the pass before
+  int32_t* links;      // [batch, 2, max_nodes] in trees: first child and next sibling
+  int32_t* excluded;   // [batch, team, 2, max_nodes]: tokens, and the draft's columns of them
+  int32_t* marks;      // [batch, team, max_nodes] where nodes are marked
+  Frame* frames;       // [batch, team, max_depth + 1] for traversal
   int64_t sums_size;
 };
 constexpr int kArrivalStride = 8;  // 32 bytes: the barriers of two teams share no sector
@@ -66,8 +66,8 @@ struct Launch {
   const bool* judge;        // [nodes] or null
   const float* synthetic;   // [max_depth] or null
   float lenience;
-  const int64_t* seed;    // [batch] or null
-  const int64_t* offset;  // [batch] or null
+  const int64_t* seed;           // [batch] or null
+  const int64_t* offset;         // [batch] or null
   const float* accept_uniforms;  // [nodes] or null
   const float* final_uniforms;   // [batch] or null
   int32_t* out_tokens;           // [batch, max_depth + 1]

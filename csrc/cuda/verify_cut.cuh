@@ -1,10 +1,10 @@
 // Filters: the smallest logit that top_k, top_p and min_p leave, by threshold selection on the bits of the logits.
 //
 // The kept set is that of sorting (specdec_kernels/reference/rows.py): thresholds are values of z = (x - peak) / T, and
-// ties in z stay. z never falls as x grows, so the set is all x from some cut on. A pass over the row divides a range of
-// keys, the logits' bits in numeric order, into kBins and sums what falls into each: counts for top_k, probabilities for
-// top_p. What is kept is the bin in which the sum from the top reaches its goal: four bits of the keys are settled in a
-// pass, the 16 bits of bf16 in four.
+// ties in z stay. z never falls as x grows, so the set is all x from some cut on. A pass over the row divides a range
+// of keys, the logits' bits in numeric order, into kBins and sums what falls into each: counts for top_k, probabilities
+// for top_p. What is kept is the bin in which the sum from the top reaches its goal: four bits of the keys are settled
+// in a pass, the 16 bits of bf16 in four.
 #pragma once
 
 #include "verify_readers.cuh"

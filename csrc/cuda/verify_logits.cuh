@@ -52,7 +52,8 @@ __device__ __forceinline__ float from_half(uint32_t bits) {
 
 __device__ __forceinline__ uint4 load_16(const char* address) { return __ldg(reinterpret_cast<const uint4*>(address)); }
 
-// 16 bytes that lie `skew` bytes above a multiple of 16, a multiple of 2: from the two words of 16 bytes that hold them.
+// 16 bytes that lie `skew` bytes above a multiple of 16, a multiple of 2: from the two words of 16 bytes that hold
+// them.
 __device__ __forceinline__ uint4 load_skewed_16(const char* address, int skew) {
   const uint4 low = load_16(address - skew), high = load_16(address - skew + 16);
   uint32_t w[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};

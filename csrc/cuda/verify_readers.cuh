@@ -162,7 +162,8 @@ __device__ __noinline__ inline void link(const Job& job) {
     return parent >= 0 && parent < node && token >= 0 && token < launch.vocabulary ? parent : -1;
   };
   const int threads = readers() * kLanes;
-  for (int node = job.place.rank * threads + static_cast<int>(threadIdx.x); node < job.place.nodes; node += launch.team * threads) {
+  for (int node = job.place.rank * threads + static_cast<int>(threadIdx.x); node < job.place.nodes;
+       node += launch.team * threads) {
     const int parent = node > 0 ? parent_of(node) : -1;
     int child = -1, sibling = -1;
     for (int other = node + 1; other < job.place.nodes && (child < 0 || (parent >= 0 && sibling < 0)); ++other) {

@@ -1,5 +1,5 @@
-// Threads that work on one request: a team of thread blocks. In each, one warp walks, one warp serves it, and the others
-// read rows for the server.
+// Threads that work on one request: a team of thread blocks. In each, one warp walks, one warp serves it, and the
+// others read rows for the server.
 #pragma once
 
 #include "verify.h"

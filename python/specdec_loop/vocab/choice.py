@@ -117,7 +117,7 @@ def acceptance_of(efficiency: float, draft_length: int) -> float:
     return high
 
 
-def size_grid(vocab_size: int, lowest: int, count: int = 16) -> list[int]:
+def size_grid(vocab_size: int, lowest: int, count: int = 24) -> list[int]:
     """About `count` sizes from `lowest` to V, each larger than the last by the same factor: what to measure."""
     if not 1 <= lowest <= vocab_size:
         raise ValueError(f"lowest: expected 1..{vocab_size}, got {lowest}")

@@ -16,6 +16,8 @@ from transformers.utils import logging
 from .. import tiny
 from ..compare import make_console
 from ..drafters.head import Head
+from ..packed import pack_linears_
+from ..tiny import corpus
 from . import show
 from .choice import Choice, choose_size, run_coverage, size_grid
 from .counts import Counts, count_tokens, load_counts, merge_counts, save_counts
@@ -26,7 +28,7 @@ from .rows import forced_ids, frequency_order, select_rows
 from .steps import Costs, loop_steps, measure_acceptance, measure_costs
 from .text import encode_texts, generate_texts, passages, split
 
-# Without a drafter nothing says how often its drafts are accepted; EAGLE-3's are about as often as this.
+# Without a drafter nothing says how often its drafts are accepted; the table says that this was assumed.
 ASSUMED_ACCEPTANCE = 0.75
 # Text that the shipped pair's vocabulary is counted on, of files that it knows.
 PAIR_BYTES = 2_000_000
@@ -97,6 +99,8 @@ def _models(arguments: argparse.Namespace, load: Callable) -> Models:
             raise ValueError(f"model: expected a folder beside --drafter {arguments.drafter}, got none")
         pair = tiny.load(getattr(torch, arguments.dtype))
         target, drafter, tokenizer = pair.target.to(arguments.device), pair.drafter.to(arguments.device), pair.tokenizer
+        for model in (target, drafter):
+            pack_linears_(model)
     else:
         target, tokenizer = load(arguments.model, arguments)
         drafter = None
@@ -114,7 +118,7 @@ def _texts(arguments: argparse.Namespace, tokenizer, console: Console) -> tuple[
     if arguments.text is None:
         if arguments.model is not None:
             raise ValueError("text: expected at least one file, got none")
-        known, unknown = tiny.corpus.collect(PAIR_BYTES)
+        known, unknown = corpus.collect(PAIR_BYTES)
         sides = ([file.text for file in files] for files in (known, unknown))
         counted, heldout = (encode_texts(tokenizer, texts, console) for texts in sides)
     else:

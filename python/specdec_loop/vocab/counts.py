@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .identity import check_hash, read, tokenizer_hash, write
 
-KIND = "specdec vocabulary counts"
+KIND = "specdec token counts"
 
 
 class Counts(NamedTuple):

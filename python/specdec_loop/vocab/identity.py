@@ -78,18 +78,19 @@ def read(path: Path | str, kind: str, names: tuple[str, ...]) -> tuple[list[Tens
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: expected a {kind}, got no such file")
+        raise FileNotFoundError(f"{path}: expected a {kind} file, got no such file")
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
     except SafetensorError as error:
-        raise ValueError(f"{path}: expected a {kind} in safetensors, got {error}") from error
+        raise ValueError(f"{path}: expected a {kind} file in safetensors, got {error}") from error
     if metadata.get("format") != kind:
-        found = metadata.get("format") or f"a file of {', '.join(sorted(tensors)) or 'nothing'} without metadata"
-        raise ValueError(f"{path}: expected a {kind}, got {found}")
+        holds = ", ".join(sorted(tensors)) or "nothing"
+        found = f"a {metadata['format']} file" if "format" in metadata else f"one without metadata that holds {holds}"
+        raise ValueError(f"{path}: expected a {kind} file, got {found}")
     if metadata.get("version") != VERSION:
-        raise ValueError(f"{path}: expected version {VERSION} of a {kind}, got {metadata.get('version')}")
+        raise ValueError(f"{path}: expected version {VERSION} of a {kind} file, got {metadata.get('version')}")
     missing = sorted(set(names) - set(tensors))
     if missing:
         raise ValueError(f"{path}: expected tensors {', '.join(names)}, got none named {', '.join(missing)}")

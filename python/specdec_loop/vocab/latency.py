@@ -78,10 +78,11 @@ def time_calls(
     """Time calls in turn, round by round, so that what the machine does besides falls on all of them.
 
     Args:
-        calls: n functions without arguments; each runs once before it is timed.
+        calls: n functions without arguments. Each runs a second time before it is timed, so that it finds in the caches
+            what it left there itself, and nothing of a neighbour that reads the same memory.
         device: whose work a call's time includes.
-        between: runs before every call, outside its time: what a decoder does between two such calls, which leaves the
-            caches as they are then.
+        between: runs between those two, outside the time: what a decoder does between two such calls, which decides
+            what of the first is still in the caches.
         rounds: how often each is timed.
         seconds: no round begins after this time, but three rounds are run.
         label, console: a progress bar and where it goes; None for none.
@@ -91,9 +92,7 @@ def time_calls(
     """
     if rounds < LEAST_ROUNDS:
         raise ValueError(f"rounds: expected >= {LEAST_ROUNDS}, got {rounds}")
-    wait = torch.cuda.synchronize if torch.device(device).type == "cuda" else lambda: None
-    for call in calls:
-        call()
+    wait = partial(torch.cuda.synchronize, device) if torch.device(device).type == "cuda" else lambda: None
     samples: list[list[float]] = []
     began = time.perf_counter()
     for _ in track(range(rounds), label, console=console, disable=console is None):
@@ -101,6 +100,7 @@ def time_calls(
             break
         row = []
         for call in calls:
+            call()
             if between is not None:
                 between()
             wait()
