@@ -95,7 +95,7 @@ def _compiled_limit(*, dtype, **_) -> str | None:
 
 
 for _op in ("verify_chain", "verify_tree"):
-    for _backend in ("cpu", "triton"):
+    for _backend in ("cpu", "triton", "cuda"):
         backends.serves(_op, _backend, _compiled_limit)
 
 

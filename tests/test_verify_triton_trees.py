@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tree_cases import FORM_IDS, FORMS, Case, Spec, fits, random_case
+from tree_cases import FORMS, Case, Spec, fits, random_case
 from verify_backends import DEVICE, INTERPRETED, assert_same_bits, in_another_process
 from verify_margins import assert_same_walks
 
@@ -44,17 +44,21 @@ def check(case: Case):
     return got
 
 
+def fitting(forms, *options):
+    """Parametrises `method`, `chain` and `options` by every pair that goes together."""
+    pairs = [(method, chain, o) for method, chain in forms for o in options if fits(Spec(method, chain, 0, **o))]
+    ids = [f"{method}{'-chain' * chain}-{'-'.join(o) or 'plain'}" for method, chain, o in pairs]
+    return pytest.mark.parametrize(("method", "chain", "options"), pairs, ids=ids)
+
+
 @on_device
-@pytest.mark.parametrize("options", [{}, {"trimmed": 50, "masked": True}, {"point_mass": True}], ids=str)
-@pytest.mark.parametrize(("method", "chain"), FORMS, ids=FORM_IDS)
+@fitting(FORMS, {}, {"trimmed": 50, "masked": True}, {"point_mass": True})
 def test_rows_in_many_blocks(method, chain, options, monkeypatch):
     """What is drawn, excluded and trimmed lies in other blocks than what is looked at."""
     from specdec_kernels.triton import verify
 
     monkeypatch.setattr(verify, "MAX_BLOCK", 32)
-    spec = Spec(method, chain, 31, 2, 6, 100, **options)
-    if fits(spec):
-        check(random_case(spec))
+    check(random_case(Spec(method, chain, 31, 2, 6, 100, **options)))
 
 
 @on_device
@@ -115,12 +119,48 @@ def test_a_chain_is_a_tree(chain_method, method, options):
 
 
 @on_device
+@pytest.mark.parametrize("explicit", [False, True])
 @pytest.mark.parametrize("method", ["multi_round", "k_seq"])
-def test_many_merged_draws(method):
-    """More draws than nodes, and more than a word of Philox serves."""
-    case = random_case(Spec(method, False, 35, 8, 5, 8, distance=2.0, counts=True), [[-1, 0, 0, 0, 1]] * 8)
+def test_many_merged_draws(method, explicit):
+    """More draws than nodes, more than a word of Philox serves; given uniforms are those of first draws."""
+    spec = Spec(method, False, 35, 8, 5, 8, distance=2.0, counts=True, explicit=explicit)
+    case = random_case(spec, [[-1, 0, 0, 0, 1]] * 8)
     case.counts.view(8, 5)[:, 1:] = torch.tensor([9, 1, 0, 3], dtype=torch.int32)
     assert len(set(check(case).num_tokens.tolist())) > 1
+
+
+@on_device
+@fitting(
+    [(method, False) for method in ("target_only", "without_replacement", "greedy_multi", "traversal")],
+    {},
+    {"point_mass": True},
+)
+def test_siblings_of_one_token(method, chain, options):
+    """A token that comes again takes no mass again."""
+    case = random_case(Spec(method, chain, 42, 12, 6, 12, explicit=True, **options), [[-1] + [0] * 5] * 12)
+    tokens = case.tokens.view(12, 6)
+    tokens[:, 3], tokens[:, 5] = tokens[:, 1], tokens[:, 4]
+    case.options["accept_uniforms"].view(12, 6)[:] = torch.linspace(0.45, 0.999, 12)[:, None]
+    check(case)
+
+
+@on_device
+@pytest.mark.parametrize("method", ["multi_round", "without_replacement", "k_seq", "traversal", "traversal_iid"])
+def test_what_is_left_when_all_is_rejected(method):
+    case = random_case(Spec(method, False, 43, 16, 4, 6, explicit=True, distance=1.5), [[-1, 0, 0, 0]] * 16)
+    case.target = 0.3 * case.target + torch.arange(6.0).flip(0)
+    case.tokens.view(16, 4)[:, 1:] = case.draft[::4].argsort(1, descending=True)[:, :3]
+    case.options["accept_uniforms"][:] = 1 - 2.0**-24
+    case.options["final_uniforms"] = torch.linspace(0.02, 0.98, 16)
+    assert (check(case).num_tokens == 1).sum() > 4
+
+
+@on_device
+def test_the_first_of_the_longest_typical_paths():
+    """Depth first is not node order."""
+    case = random_case(Spec("typical", False, 44, 1, 7, 3), [[-1, 0, 0, 2, 1, 4, 3]])
+    case.target[:] = 0.0  # every token is typical
+    assert check(case).nodes.tolist() == [[0, 1, 4, 5]]
 
 
 @on_device

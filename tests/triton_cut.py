@@ -1,4 +1,4 @@
-"""A kernel that writes what the filters keep of each row; `python tests/triton_cut.py [--full]` compiles it for every GPU.
+"""A kernel that writes what the filters keep of each row; `python tests/triton_cut.py [--full]` compiles it for GPUs.
 
 Compiling needs a process of its own, as in triton_aot.py, and prints the same lines.
 """
@@ -55,9 +55,7 @@ def cut_arguments(logits, params, *, vocab=None, other=None, mix=0.0, allowed=No
     outputs = (logits.new_empty(len(logits), dtype=torch.float32), logits.new_empty(len(logits), dtype=torch.float32))
     vocabulary = vocabulary or logits.shape[1]
     options = {
-        name: value
-        for name, value in verify.launch_options(vocabulary, 1, 1).items()
-        if name not in ("NODES", "WIDTH")
+        name: value for name, value in verify.launch_options(vocabulary, 1, 1).items() if name not in ("NODES", "WIDTH")
     }
     if block is not None:
         options["BLOCK"] = block
