@@ -208,7 +208,8 @@ def verify_tree(
         tree: parents before children, siblings in draw order. A token of -1 is no draft and takes no mass. Equal
             siblings are allowed where draws are i.i.d. `tree.counts` (`multi_round`, `k_seq` only) merges them: the
             draws are then tried in a uniformly random order, for which `rng` is required, because grouping equal draws
-            biases the law from three draws on.
+            biases the law from three draws on. `greedy_multi` takes the last sibling for the draw, so that one must not
+            be -1.
         target_logits: [N, V] fp32, bf16 or fp16 (fp64 on the reference); row i predicts the children of node i.
         draft_logits: [N, V] or, with `draft_vocab`, [N, R]; row i is the distribution from which the children of node
             i were drawn. Rows of leaves are never read, and none is by `greedy`, `target_only` and `typical`. None:

@@ -12,6 +12,7 @@ from .types import DraftTree, Lossy, Philox, SamplingParams
 
 _OFF = (1.0, 0.0, 1.0, 0.0)  # temperature, top_k, top_p, min_p that change nothing
 _EXACT = (None, None, 0.0, None, 1.0)  # judge, reflect_logits, reflect_weight, synthetic, lenience that change nothing
+_LARGEST = torch.finfo(torch.float32).max
 _NEEDS_DRAFT_LOGITS = ("k_seq", "greedy_multi")
 _WHOLE_PATHS = ("block", "traversal", "traversal_iid")
 _TESTS_Q = ("token", "multi_round", "without_replacement", "k_seq")
@@ -38,10 +39,11 @@ def _sampling(params: SamplingParams, name: str, sizes: dict[str, int], device) 
             value = off if value is None else value
             if not isinstance(value, (int, float)) or isinstance(value, bool):
                 raise TypeError(f"{label}: expected a number, a [B] tensor or None, got {type(value).__name__}")
-            if not low <= value <= (float("inf") if high is None else high) or value == float("inf"):
-                raise ValueError(
-                    f"{label}: expected {f'>= {low}' if high is None else f'in [{low}, {high}]'}, got {value}"
-                )
+            if not low <= value <= (_LARGEST if high is None else high):
+                expected = f">= {low}, finite in fp32" if high is None else f"in [{low}, {high}]"
+                raise ValueError(f"{label}: expected {expected}, got {value}")
+            if field == "top_k" and value != int(value):
+                raise ValueError(f"{label}: expected a whole number, got {value}")
             numbers.append(float(value))
             filters = filters or (field != "temperature" and value != off)
         columns.append(value)
@@ -136,6 +138,8 @@ def check_arguments(
         if draft_logits is None:
             raise ValueError("draft_vocab: expected draft_logits [N, R] beside it, got draft_logits=None")
         check_tensor("draft_vocab", draft_vocab, sizes, "R", INT32, device)
+        if sizes["R"] < 1:
+            raise ValueError("draft_vocab: expected shape [R] with R >= 1, got [0]")
     packed, numbers, allowed, filters = _sampling(params, "params", sizes, device)
     if draft_params is None:
         draft_packed, draft_numbers, draft_allowed = packed, [numbers[0], *_OFF[1:]], None
@@ -159,6 +163,8 @@ def check_arguments(
             raise TypeError(f"rng: expected a Philox, got {type(rng).__name__}")
         check_tensor("rng.seed", rng.seed, sizes, "B", INT64, device)
         check_tensor("rng.offset", rng.offset, sizes, "B", INT64, device)
+        if rng.row is not None:
+            raise ValueError("rng.row: expected None, nodes tell the draws of a request apart; got a row")
         seed, offset = rng.seed, rng.offset
     for name, value, shape in (("accept_uniforms", accept, "N"), ("final_uniforms", final, "B")):
         if value is not None:
@@ -202,6 +208,8 @@ def check_values_of(tree: DraftTree, prefix: str, vocabulary: int, draft_vocab, 
     fine = (tree.tokens >= -1) & (tree.tokens < vocabulary)
     fine[tree.cu_nodes[:-1].long()] = True  # roots are never looked at
     check_values(f"{prefix}tokens", fine, tree.tokens, f"ids in 0..{vocabulary - 1}, or -1 for no draft")
+    if tree.counts is not None:
+        check_values(f"{prefix}counts", tree.counts >= 1, tree.counts, "numbers of draws >= 1")
     if draft_vocab is not None:
         check_draft_vocab(draft_vocab, vocabulary)
     for name, value in (("accept_uniforms", accept), ("final_uniforms", final)):

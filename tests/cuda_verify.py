@@ -82,13 +82,21 @@ class Host:
         self.calls = 0
 
     def run(self, case, **changes) -> sk.Verified:
-        """`case`, of tree_cases.py, by way of the public functions."""
+        """`case`, of tree_cases.py."""
+        return self._instead(case.run, None, **changes)
+
+    def chain(self, *arguments, **options) -> sk.Verified:
+        """`specdec_kernels.verify_chain`."""
+        return self._instead(sk.verify_chain, *arguments, **options)
+
+    def _instead(self, function, *arguments, **options):
+        """Calls a public function, which finds these ops where it looks for a backend's."""
         calls = self.calls
         with (
             mock.patch.object(backends, "select", lambda *_, **__: "host"),
             mock.patch.object(library, "overload", lambda name, _: getattr(self, name)),
         ):
-            answer = case.run(None, **changes)
+            answer = function(*arguments, **options)
         assert self.calls == calls + 1
         return answer
 

@@ -102,7 +102,11 @@ class CpuRows {
     auto again = [&](int32_t token) {
       block_masses_[token / kBlock] = excess(drafts, {kPointLogit, 1.0f, w.c}, token / kBlock);
     };
-    for (int32_t token : excluded_) again(token);
+    int64_t done = -1;
+    for (int32_t token : excluded_) {
+      if (token / kBlock != done) again(token);
+      done = token / kBlock;
+    }
     if (drafts && q.point < target.columns) again(q.point);
     return total();
   }

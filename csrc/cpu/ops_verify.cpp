@@ -70,7 +70,9 @@ Results verify(const Tensor& tokens, const MaybeTensor& parents, const Tensor& c
                const Tensor& target_logits, const MaybeTensor& draft_logits, const MaybeTensor& draft_vocab,
                int64_t max_nodes, int64_t max_depth, const std::string& name, const Rest& rest) {
   const Method method = method_of(name, !parents);
-  check(max_nodes >= 1 && max_depth >= 0, "expected max_nodes >= 1 and max_depth >= 0");
+  constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
+  check(max_nodes >= 1 && max_nodes <= kMost, "max_nodes: expected 1 .. 2^31 - 1");
+  check(max_depth >= 0 && max_depth < kMost, "max_depth: expected 0 .. 2^31 - 2");
   check(cu_nodes.dim() == 1 && cu_nodes.size(0) >= 1, "cu_nodes: expected [B+1]");
   check(target_logits.dim() == 2 && target_logits.size(1) >= 1, "target_logits: expected [N, V] with V >= 1");
   const int64_t nodes = target_logits.size(0), vocabulary = target_logits.size(1), batch = cu_nodes.size(0) - 1;
@@ -82,6 +84,7 @@ Results verify(const Tensor& tokens, const MaybeTensor& parents, const Tensor& c
   Logits target("target_logits", target_logits, nodes, vocabulary, rest.allowed, vocabulary);
   target.mix(rest.reflect_logits, nodes, rest.reflect_weight);
   const int64_t drafted = draft_vocab && draft_vocab->dim() == 1 ? draft_vocab->size(0) : vocabulary;
+  check(drafted >= 1, "draft_vocab: expected [R] with R >= 1");
   const Values<int32_t> trimmed("draft_vocab", draft_vocab, ScalarType::Int, {drafted});
   Logits draft("draft_logits", draft_logits, nodes, drafted, draft_logits ? rest.draft_allowed : MaybeTensor(),
                vocabulary);

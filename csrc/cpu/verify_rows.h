@@ -139,7 +139,7 @@ class Side {
       while (sums_[block].peak != row.peak) ++block;
       const int64_t column = kernels_.verify->find(logits, block, row.peak);
       row.point = rows_.ids ? rows_.ids[column] : static_cast<int32_t>(column);
-      return row;
+      return row.point >= 0 && row.point < rows_.vocabulary ? row : own_point();
     }
     if (!std::isfinite(row.total) || !(row.total > 0.0)) return own_point();
     if (filters_.any()) {

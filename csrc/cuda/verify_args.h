@@ -85,6 +85,7 @@ class Arguments {
             const MaybeTensor& draft_vocab, const MaybeTensor& allowed, const MaybeTensor& params,
             const std::vector<double>& scalars, int64_t batch) {
     const int64_t columns = draft_vocab && draft_vocab->dim() == 1 ? draft_vocab->size(0) : vocabulary;
+    STD_TORCH_CHECK(columns >= 1, "verify: draft_vocab: expected [R] with R >= 1");
     side.data = rows(name, logits, {nodes, columns}, &side.stride);
     side.type = dtype_of(name, logits);
     side.columns = columns;

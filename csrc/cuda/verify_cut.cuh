@@ -93,7 +93,8 @@ class CutFinder {
       }
       if (is_share) goal *= static_cast<double>(__shfl_sync(kAll, from_here, 0));
       is_share = false;
-      const bool reaches = lane() < kBins && static_cast<double>(above + from_here) >= goal;
+      // A bin without anything in it is not where a goal of 0 is reached.
+      const bool reaches = lane() < kBins && from_here > 0 && static_cast<double>(above + from_here) >= goal;
       const unsigned reached = __ballot_sync(kAll, reaches);
       if (reached == 0) return false;
       const int bin = last_lane(reached);

@@ -20,7 +20,7 @@ struct Place {
 struct Job {
   const Launch& launch;
   const Place& place;
-  unsigned char* tiles;  // kTile bytes for each reader, where any are needed
+  unsigned char* tiles;  // kTile bytes for each reader
 };
 
 __device__ inline int64_t thread_block_of(const Job& job) {
@@ -78,7 +78,7 @@ __device__ __noinline__ inline void read_rows(const Job& job, Command& command) 
     for (int b = 0; b < kBins; ++b) bins[b * kLanes + lane()] = 0;
   }
   Turns turn(job, split + (command.of[kDraft] ? job.launch.sides[kDraft].blocks() : 0));
-  if (work == Work::kPeak) turn = Turns(command.block + (command.of[kDraft] ? split : 0));
+  if (work == Work::kPeak) turn = Turns(command.block);
   for (; turn.at < turn.end; turn.at += turn.step) {
     const int which = turn.at < split ? kTarget : kDraft, block = turn.at < split ? turn.at : turn.at - split;
     const Side& side = job.launch.sides[which];
@@ -103,8 +103,7 @@ __device__ __noinline__ inline void read_rows(const Job& job, Command& command) 
   if (work == Work::kBins) sum_bins(bins);
 }
 
-// The block's draft probabilities pass through the reader's tile: in registers, beside those of p, they would cost a
-// thread block of every multiprocessor.
+// The block's draft probabilities pass through the reader's tile: there are no registers for them beside those of p.
 __device__ __noinline__ inline void read_pairs(const Job& job, Command& command) {
   const Work work = command.work;
   const int32_t point = command.of[kDraft] ? command.rows[kDraft].point : -1;

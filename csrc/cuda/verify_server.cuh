@@ -118,6 +118,7 @@ class Server {
       if (sound && !passes_.sampling(s).sampled()) {
         rows[s].point = passes_.point_of(sums, s, rows[s]);
         rows[s].total = 1.0;
+        sound = rows[s].point >= 0 && rows[s].point < launch_.vocabulary;  // whatever stands in draft_vocab
       }
       sums += passes_.blocks(s);
     }

@@ -204,7 +204,7 @@ struct Shared {
   Command command;
 };
 
-// One thread's part. `tiles`: kTile bytes for each reader where needs_tiles().
+// One thread's part. `tiles`: kTile bytes for each reader.
 __device__ __forceinline__ void verify_request(const Launch& launch, Method method, int thread_block, Shared& shared,
                                                unsigned char* tiles) {
   if (threadIdx.x == 0) {

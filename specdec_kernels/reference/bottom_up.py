@@ -31,7 +31,7 @@ def block(tree: TreeView, target: Rows, draft: Rows | None, coins: Coins):
     requests = torch.arange(batch, device=tree.starts.device)
     length = tree.valid.sum(1) - 1  # drafts of each chain
     w = torch.ones(batch, dtype=target.dtype, device=tree.starts.device)
-    end, _kept_w = torch.zeros_like(length), w
+    end = torch.zeros_like(length)
     sound = last_sound = torch.ones(batch, dtype=torch.bool, device=tree.starts.device)
     rests = None
     for i in range(tree.max_depth + 1):

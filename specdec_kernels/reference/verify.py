@@ -131,7 +131,8 @@ def _verify(tree, target, draft, method, coins, rates, logprobs):
     else:
         rule = getattr(rules, {"token": "multi_round", "greedy": "multi_round"}.get(method, method))
         walk = top_down(tree, target, draft, rule, coins)
-    return _results(tree, target, walk, coins, logprobs)
+    there = tree.valid[:, :1].any(1)  # a request of no nodes emits nothing
+    return _results(tree, target, walk._replace(sound=walk.sound & there), coins, logprobs)
 
 
 def _results(tree: TreeView, target: Rows, walk: Walk, coins: Coins, logprobs: bool):

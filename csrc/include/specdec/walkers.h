@@ -102,7 +102,8 @@ struct KSeq {
   /// The probability that one of k draws is accepted, each with probability `both`.
   SPECDEC_HD static double reached(double both, int k) {
     double none = 1.0;
-    for (int i = 0; i < k; ++i) none *= 1.0 - both;
+    for (double power = 1.0 - both; k > 0; k /= 2, power *= power)
+      if (k % 2 == 1) none *= power;
     return 1.0 - none;
   }
 
