@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 
+import pytest
+from common import require_pinned_threads
+
 from specdec_kernels.__main__ import collect
 
 
@@ -17,3 +20,9 @@ def pytest_benchmark_update_machine_info(config, machine_info):
         isa=found["cpu"]["tier"],
         gpu=", ".join(gpu["name"] for gpu in found["gpus"]),
     )
+
+
+@pytest.fixture(autouse=True)
+def pinned_threads():
+    """Before the inputs are made, which takes longer than most measurements."""
+    require_pinned_threads()

@@ -264,12 +264,7 @@ MISTAKES = {
     "arrivals order nothing": ("team", "::cuda::memory_order_acquire", "std::memory_order_relaxed", "data race"),
     "bins are read too soon": ("blocks", "  __syncwarp();\n  const int bin", "  const int bin", "data race"),
     "who walks waits for more": ("team", "sync_count(1, 2 * kLanes)", "sync_count(1, 3 * kLanes)", "in vain"),
-    "lanes part": (
-        "team",
-        "  if (lane() == 0) write();",
-        "  if (lane() == 0) warp_min(0);",
-        "different things",
-    ),
+    "lanes part": ("team", "if (lane() == 0) write();", "if (lane() == 0) write(), warp_min(0);", "different things"),
 }
 
 
