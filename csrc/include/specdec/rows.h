@@ -64,9 +64,9 @@ struct Overlap {
 /// A node on the path from the root to where traversal verification is; see traversal.h.
 struct Frame {
   Row p, q;
-  double c, m, kept;
-  float weight;
-  int32_t node, child, padding;
+  double c = 0.0, m = 1.0, kept = 1.0;  // see Residual
+  float weight = 1.0f;
+  int32_t node = 0, child = -1;
 };
 
 /// c as kernels take it: finite, so that c * 0 is 0.

@@ -61,8 +61,11 @@ class Traversal {
 
  private:
   SPECDEC_HD bool enter(int node, float weight, bool inner) {
-    const Residual fresh;
-    f_ = {Row{}, own_point(), fresh.c, fresh.m, fresh.kept, weight, node, inner ? r_.tree.first(node) : -1, 0};
+    f_ = Frame{};
+    f_.q = own_point();
+    f_.weight = weight;
+    f_.node = node;
+    if (inner) f_.child = r_.tree.first(node);
     return r_.rows.open(node, inner, &f_.p, &f_.q);
   }
 
