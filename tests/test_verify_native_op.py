@@ -48,8 +48,8 @@ def arguments_of(case: Case, **options):
         ({"synthetic": torch.zeros(99)}, "synthetic: expected"),
         ({"accept_uniforms": torch.zeros(3)}, "accept_uniforms: expected"),
         ({"seed": None}, "expected seed and offset, or both uniforms"),
-        ({"max_nodes": 0}, "expected max_nodes >= 1"),
-        ({"max_depth": -1}, "expected max_nodes >= 1 and max_depth >= 0"),
+        ({"max_nodes": 0}, "max_nodes: expected 1"),
+        ({"max_depth": -1}, "max_depth: expected 0"),
     ],
     ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
 )
