@@ -49,7 +49,9 @@ def arguments_of(case: Case, **options):
         ({"accept_uniforms": torch.zeros(3)}, "accept_uniforms: expected"),
         ({"seed": None}, "expected seed and offset, or both uniforms"),
         ({"max_nodes": 0}, "max_nodes: expected 1"),
+        ({"max_nodes": 2**31}, "max_nodes: expected 1"),
         ({"max_depth": -1}, "max_depth: expected 0"),
+        ({"max_depth": 2**63 - 1}, "max_depth: expected 0"),
     ],
     ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
 )

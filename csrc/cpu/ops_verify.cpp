@@ -1,53 +1,11 @@
 // The torch edge of verification: checks, outputs, and one walk per request over the rows of cpu_rows.h.
 #include <atomic>
-#include <tuple>
 
 #include "cpu_rows.h"
 #include "verify_args.h"
 
 namespace specdec {
 namespace {
-
-using Results = std::tuple<Tensor, Tensor, Tensor, Tensor>;
-
-// What both ops take beside the trees, in the order of their schema.
-struct Rest {
-  MaybeTensor params;
-  std::vector<double> scalars;
-  MaybeTensor allowed, draft_params;
-  std::vector<double> draft_scalars;
-  MaybeTensor draft_allowed, judge, reflect_logits;
-  double reflect_weight;
-  MaybeTensor synthetic;
-  double lenience;
-  MaybeTensor seed, offset, accept_uniforms, final_uniforms;
-  bool logprobs;
-};
-
-Method method_of(const std::string& name, bool chain) {
-  static const std::pair<const char*, Method> kChains[] = {
-      {"token", Method::kMultiRound},
-      {"block", Method::kTraversal},
-      {"greedy", Method::kGreedy},
-      {"typical", Method::kTypical},
-  };
-  static const std::pair<const char*, Method> kTrees[] = {
-      {"greedy", Method::kGreedy},
-      {"target_only", Method::kTargetOnly},
-      {"multi_round", Method::kMultiRound},
-      {"without_replacement", Method::kWithoutReplacement},
-      {"k_seq", Method::kKSeq},
-      {"greedy_multi", Method::kGreedyMulti},
-      {"typical", Method::kTypical},
-      {"traversal", Method::kTraversal},
-      {"traversal_iid", Method::kTraversalIid},
-  };
-  const auto* first = chain ? std::begin(kChains) : std::begin(kTrees);
-  const auto* last = chain ? std::end(kChains) : std::end(kTrees);
-  const auto* found = std::find_if(first, last, [&](const auto& entry) { return name == entry.first; });
-  check(found != last, "no method '" + name + "' for " + (chain ? "chains" : "trees"));
-  return found->second;
-}
 
 // Runs work(rows, request) for every request: the threads take one request each, the next when they are done, or all
 // share the rows of one where there are fewer requests than threads.
@@ -66,13 +24,10 @@ void for_requests(int64_t batch, const LogitRows& target, const LogitRows& draft
   });
 }
 
-Results verify(const Tensor& tokens, const MaybeTensor& parents, const Tensor& cu_nodes, const MaybeTensor& counts,
-               const Tensor& target_logits, const MaybeTensor& draft_logits, const MaybeTensor& draft_vocab,
-               int64_t max_nodes, int64_t max_depth, const std::string& name, const Rest& rest) {
-  const Method method = method_of(name, !parents);
-  constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
-  check(max_nodes >= 1 && max_nodes <= kMost, "max_nodes: expected 1 .. 2^31 - 1");
-  check(max_depth >= 0 && max_depth < kMost, "max_depth: expected 0 .. 2^31 - 2");
+VerifyResults verify(const Tensor& tokens, const MaybeTensor& parents, const Tensor& cu_nodes,
+                     const MaybeTensor& counts, const Tensor& target_logits, const MaybeTensor& draft_logits,
+                     const MaybeTensor& draft_vocab, int64_t max_nodes, int64_t max_depth, Method method,
+                     const std::string& name, const Rest& rest) {
   check(cu_nodes.dim() == 1 && cu_nodes.size(0) >= 1, "cu_nodes: expected [B+1]");
   check(target_logits.dim() == 2 && target_logits.size(1) >= 1, "target_logits: expected [N, V] with V >= 1");
   const int64_t nodes = target_logits.size(0), vocabulary = target_logits.size(1), batch = cu_nodes.size(0) - 1;
@@ -132,35 +87,10 @@ Results verify(const Tensor& tokens, const MaybeTensor& parents, const Tensor& c
   return {out.tokens, out.nodes, out.number, out.logprobs};
 }
 
-Results verify_chain(Tensor tokens, Tensor cu_nodes, Tensor target_logits, MaybeTensor draft_logits,
-                     MaybeTensor draft_vocab, int64_t max_depth, std::string method, MaybeTensor params,
-                     std::vector<double> scalars, MaybeTensor allowed, MaybeTensor draft_params,
-                     std::vector<double> draft_scalars, MaybeTensor draft_allowed, MaybeTensor judge,
-                     MaybeTensor reflect_logits, double reflect_weight, MaybeTensor synthetic, double lenience,
-                     MaybeTensor seed, MaybeTensor offset, MaybeTensor accept_uniforms, MaybeTensor final_uniforms,
-                     bool logprobs) {
-  return verify(tokens, {}, cu_nodes, {}, target_logits, draft_logits, draft_vocab, max_depth + 1, max_depth, method,
-                {params, scalars, allowed, draft_params, draft_scalars, draft_allowed, judge, reflect_logits,
-                 reflect_weight, synthetic, lenience, seed, offset, accept_uniforms, final_uniforms, logprobs});
-}
-
-Results verify_tree(Tensor tokens, Tensor parents, Tensor cu_nodes, MaybeTensor counts, Tensor target_logits,
-                    MaybeTensor draft_logits, MaybeTensor draft_vocab, int64_t max_nodes, int64_t max_depth,
-                    std::string method, MaybeTensor params, std::vector<double> scalars, MaybeTensor allowed,
-                    MaybeTensor draft_params, std::vector<double> draft_scalars, MaybeTensor draft_allowed,
-                    MaybeTensor judge, MaybeTensor reflect_logits, double reflect_weight, MaybeTensor synthetic,
-                    double lenience, MaybeTensor seed, MaybeTensor offset, MaybeTensor accept_uniforms,
-                    MaybeTensor final_uniforms, bool logprobs) {
-  return verify(tokens, parents, cu_nodes, counts, target_logits, draft_logits, draft_vocab, max_nodes, max_depth,
-                method,
-                {params, scalars, allowed, draft_params, draft_scalars, draft_allowed, judge, reflect_logits,
-                 reflect_weight, synthetic, lenience, seed, offset, accept_uniforms, final_uniforms, logprobs});
-}
-
 }  // namespace
 }  // namespace specdec
 
 STABLE_TORCH_LIBRARY_IMPL(specdec_kernels, CPU, m) {
-  m.impl("verify_chain", TORCH_BOX(&specdec::verify_chain));
-  m.impl("verify_tree", TORCH_BOX(&specdec::verify_tree));
+  m.impl("verify_chain", TORCH_BOX(&specdec::verify_chain_op<&specdec::verify>));
+  m.impl("verify_tree", TORCH_BOX(&specdec::verify_tree_op<&specdec::verify>));
 }

@@ -1,7 +1,6 @@
 // The arguments that both verification ops share, checked and as raw pointers.
 #pragma once
 
-#include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
@@ -12,14 +11,12 @@
 #include <utility>
 #include <vector>
 
-#include "specdec/tree.h"
+#include "specdec/verify_schema.h"
 #include "verify_rows.h"
 
 namespace specdec {
 
 using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using MaybeTensor = std::optional<Tensor>;
 
 inline void check(bool ok, const std::string& message) {
   if (!ok) throw std::runtime_error("verify: " + message);

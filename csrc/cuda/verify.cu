@@ -73,13 +73,10 @@ void run(Launch& launch, Method method, const Tensor& like, int32_t device) {
   check(error);
 }
 
-using Results = std::tuple<Tensor, Tensor, Tensor, Tensor>;
-
-Results verify(const Tensor& tokens, const MaybeTensor& parents, const Tensor& cu_nodes, const MaybeTensor& counts,
-               const Tensor& target_logits, const MaybeTensor& draft_logits, const MaybeTensor& draft_vocab,
-               int64_t max_nodes, int64_t max_depth, const std::string& name, const Rest& rest) {
-  const Method method = method_of(name, !parents);
-  STD_TORCH_CHECK(max_nodes >= 1 && max_depth >= 0, "verify: expected max_nodes >= 1 and max_depth >= 0");
+VerifyResults verify(const Tensor& tokens, const MaybeTensor& parents, const Tensor& cu_nodes,
+                     const MaybeTensor& counts, const Tensor& target_logits, const MaybeTensor& draft_logits,
+                     const MaybeTensor& draft_vocab, int64_t max_nodes, int64_t max_depth, Method method,
+                     const std::string& name, const Rest& rest) {
   STD_TORCH_CHECK(cu_nodes.dim() == 1 && cu_nodes.size(0) >= 1, "verify: cu_nodes: expected [B+1]");
   STD_TORCH_CHECK(target_logits.dim() == 2 && target_logits.size(1) >= 1, "verify: target_logits: expected [N, V]");
   const int64_t nodes = target_logits.size(0), vocabulary = target_logits.size(1), batch = cu_nodes.size(0) - 1;
@@ -138,34 +135,9 @@ Results verify(const Tensor& tokens, const MaybeTensor& parents, const Tensor& c
   return {out.tokens, out.nodes, out.number, out.logprobs};
 }
 
-Results verify_chain(Tensor tokens, Tensor cu_nodes, Tensor target_logits, MaybeTensor draft_logits,
-                     MaybeTensor draft_vocab, int64_t max_depth, std::string method, MaybeTensor params,
-                     std::vector<double> scalars, MaybeTensor allowed, MaybeTensor draft_params,
-                     std::vector<double> draft_scalars, MaybeTensor draft_allowed, MaybeTensor judge,
-                     MaybeTensor reflect_logits, double reflect_weight, MaybeTensor synthetic, double lenience,
-                     MaybeTensor seed, MaybeTensor offset, MaybeTensor accept_uniforms, MaybeTensor final_uniforms,
-                     bool logprobs) {
-  return verify(tokens, {}, cu_nodes, {}, target_logits, draft_logits, draft_vocab, max_depth + 1, max_depth, method,
-                {params, scalars, allowed, draft_params, draft_scalars, draft_allowed, judge, reflect_logits,
-                 reflect_weight, synthetic, lenience, seed, offset, accept_uniforms, final_uniforms, logprobs});
-}
-
-Results verify_tree(Tensor tokens, Tensor parents, Tensor cu_nodes, MaybeTensor counts, Tensor target_logits,
-                    MaybeTensor draft_logits, MaybeTensor draft_vocab, int64_t max_nodes, int64_t max_depth,
-                    std::string method, MaybeTensor params, std::vector<double> scalars, MaybeTensor allowed,
-                    MaybeTensor draft_params, std::vector<double> draft_scalars, MaybeTensor draft_allowed,
-                    MaybeTensor judge, MaybeTensor reflect_logits, double reflect_weight, MaybeTensor synthetic,
-                    double lenience, MaybeTensor seed, MaybeTensor offset, MaybeTensor accept_uniforms,
-                    MaybeTensor final_uniforms, bool logprobs) {
-  return verify(tokens, parents, cu_nodes, counts, target_logits, draft_logits, draft_vocab, max_nodes, max_depth,
-                method,
-                {params, scalars, allowed, draft_params, draft_scalars, draft_allowed, judge, reflect_logits,
-                 reflect_weight, synthetic, lenience, seed, offset, accept_uniforms, final_uniforms, logprobs});
-}
-
 STABLE_TORCH_LIBRARY_IMPL(specdec_kernels, CUDA, m) {
-  m.impl("verify_chain", TORCH_BOX(&verify_chain));
-  m.impl("verify_tree", TORCH_BOX(&verify_tree));
+  m.impl("verify_chain", TORCH_BOX(&verify_chain_op<&verify>));
+  m.impl("verify_tree", TORCH_BOX(&verify_tree_op<&verify>));
 }
 
 }  // namespace

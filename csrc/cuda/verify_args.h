@@ -10,52 +10,12 @@
 #include <utility>
 #include <vector>
 
+#include "specdec/verify_schema.h"
 #include "verify.h"
 
 namespace specdec::device {
 
 using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using MaybeTensor = std::optional<Tensor>;
-
-// What both ops take beside the trees, in the order of their schema.
-struct Rest {
-  MaybeTensor params;
-  std::vector<double> scalars;
-  MaybeTensor allowed, draft_params;
-  std::vector<double> draft_scalars;
-  MaybeTensor draft_allowed, judge, reflect_logits;
-  double reflect_weight;
-  MaybeTensor synthetic;
-  double lenience;
-  MaybeTensor seed, offset, accept_uniforms, final_uniforms;
-  bool logprobs;
-};
-
-inline Method method_of(const std::string& name, bool chain) {
-  static const std::pair<const char*, Method> kChains[] = {
-      {"token", Method::kMultiRound},
-      {"block", Method::kTraversal},
-      {"greedy", Method::kGreedy},
-      {"typical", Method::kTypical},
-  };
-  static const std::pair<const char*, Method> kTrees[] = {
-      {"greedy", Method::kGreedy},
-      {"target_only", Method::kTargetOnly},
-      {"multi_round", Method::kMultiRound},
-      {"without_replacement", Method::kWithoutReplacement},
-      {"k_seq", Method::kKSeq},
-      {"greedy_multi", Method::kGreedyMulti},
-      {"typical", Method::kTypical},
-      {"traversal", Method::kTraversal},
-      {"traversal_iid", Method::kTraversalIid},
-  };
-  const auto* first = chain ? std::begin(kChains) : std::begin(kTrees);
-  const auto* last = chain ? std::end(kChains) : std::end(kTrees);
-  const auto* found = std::find_if(first, last, [&](const auto& entry) { return name == entry.first; });
-  STD_TORCH_CHECK(found != last, "verify: no method '", name, "' for ", chain ? "chains" : "trees");
-  return found->second;
-}
 
 // Tensors as pointers, kept alive. The public functions word these checks for people; here they only keep a direct call
 // of an op in bounds.

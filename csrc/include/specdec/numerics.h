@@ -26,10 +26,4 @@ SPECDEC_HD float rounded_difference(float a, float b) {
 /// The acceptance rule. Strict, so that a coin of 0 never accepts a token of probability 0.
 SPECDEC_HD bool accepts(float u, float q, float p) { return rounded_product(u, q) < p; }
 
-/// (p - c q)+
-SPECDEC_HD float excess(float p, float c, float q) {
-  const float rest = rounded_difference(p, rounded_product(c, q));
-  return rest > 0.0f ? rest : 0.0f;
-}
-
 }  // namespace specdec
