@@ -10,11 +10,22 @@ from __future__ import annotations
 from . import backends, trees
 from .attention import tree_attention
 from .backends import BackendError
-from .head import head_sample, head_topk
+from .head import head_part, head_sample, head_topk
 from .kv import compact_kv_
 from .kv_scores import caote_scores, keydiff_scores
 from .optimum import optimal_acceptance
-from .types import DraftTree, HeadSample, HeadTopK, Lossy, Philox, SamplingParams, Verified
+from .types import (
+    DraftTree,
+    HeadPart,
+    HeadSample,
+    HeadTopK,
+    Lossy,
+    Philox,
+    SamplingParams,
+    SharedPrefix,
+    TreeLayout,
+    Verified,
+)
 from .verify import verify_chain, verify_tree
 
 __version__ = "0.1.0"
@@ -22,15 +33,19 @@ __version__ = "0.1.0"
 __all__ = [
     "BackendError",
     "DraftTree",
+    "HeadPart",
     "HeadSample",
     "HeadTopK",
     "Lossy",
     "Philox",
     "SamplingParams",
+    "SharedPrefix",
+    "TreeLayout",
     "Verified",
     "backends",
     "caote_scores",
     "compact_kv_",
+    "head_part",
     "head_sample",
     "head_topk",
     "keydiff_scores",

@@ -11,12 +11,13 @@ from . import backends, library
 from .checks import DEBUG, INT32, INT64, REFERENCE_FLOATS, check_int, check_tensor, check_values
 from .reference import attention as reference
 from .tree_checks import check_tree
-from .types import DraftTree
+from .trees import tree_layout
+from .types import DraftTree, SharedPrefix, TreeLayout
 
 _SCHEMA = (
-    "(Tensor query, Tensor key_cache, Tensor value_cache, Tensor parents, Tensor cu_nodes, int max_nodes, "
-    "Tensor prefix_lens, Tensor? block_table, Tensor? mask_bits, float scale, int window, float softcap, "
-    "Tensor? sinks, Tensor? k_scale, Tensor? v_scale, bool return_lse) -> (Tensor out, Tensor lse)"
+    "(Tensor query, Tensor key_cache, Tensor value_cache, Tensor depths, Tensor bits, Tensor cu_nodes, int max_nodes, "
+    "Tensor prefix_lens, Tensor? block_table, Tensor? shared_groups, Tensor? shared_lens, float scale, int window, "
+    "float softcap, Tensor? sinks, Tensor? k_scale, Tensor? v_scale, bool return_lse) -> (Tensor out, Tensor lse)"
 )
 # Eight-bit caches need k_scale and v_scale to mean anything, but 1 is a scale too.
 _CACHE_DTYPES = (*REFERENCE_FLOATS, torch.float8_e4m3fn, torch.float8_e5m2, torch.int8)
@@ -44,6 +45,8 @@ def tree_attention(
     *,
     block_table: Tensor | None = None,
     mask_bits: Tensor | None = None,
+    layout: TreeLayout | None = None,
+    shared: SharedPrefix | None = None,
     scale: float | None = None,
     window: int | None = None,
     softcap: float | None = None,
@@ -70,6 +73,10 @@ def tree_attention(
             not read.
         mask_bits: [N, ceil(max_nodes/64)] int64, replaces the ancestor bits: bit j of row i's words says whether node
             i sees node j of its tree (several parents, bidirectional blocks). All of the prefix stays visible.
+        layout: what `trees.tree_layout(tree)` returns, so that a forward makes it once for all its layers. Its depths
+            may be other than the tree's (a block of masked tokens stands at the positions of the one it replaces).
+            Default: made from `tree`.
+        shared: requests that continue one prefix, whose slots are then read once; see `SharedPrefix`.
         scale: factor on q.k (default 1/sqrt(D)).
         window: a key is seen only if the query's position is less than `window` ahead of its own. Positions, not
             slots: `prefix_len + depth` for a node, s for prefix slot s. None: no window.
@@ -86,7 +93,7 @@ def tree_attention(
 
     Raises:
         TypeError, ValueError: an argument that does not fit; names it, what came and what was expected. Checks of
-            values (parents, cu_nodes, prefix_lens, block_table) run under SPECDEC_DEBUG=1.
+            values (parents, cu_nodes, prefix_lens, block_table, shared) run under SPECDEC_DEBUG=1.
         BackendError: `backend` cannot serve the call.
     """
     sizes: dict[str, int] = {}
@@ -108,9 +115,19 @@ def tree_attention(
         check_tensor("block_table", block_table, sizes, "B M", INT32, device)
         if sizes["block_size"] < 1:
             raise ValueError(f"key_cache: expected block_size >= 1, got {list(key_cache.shape)}")
+    sizes["W"] = (tree.max_nodes + 63) // 64
     if mask_bits is not None:
-        sizes["W"] = (tree.max_nodes + 63) // 64
         check_tensor("mask_bits", mask_bits, sizes, "N W", INT64, device)
+    if layout is not None:
+        if not isinstance(layout, TreeLayout):
+            raise TypeError(f"layout: expected a TreeLayout, got {type(layout).__name__}")
+        check_tensor("layout.depths", layout.depths, sizes, "N", INT32, device)
+        check_tensor("layout.ancestor_bits", layout.ancestor_bits, sizes, "N W", INT64, device)
+    if shared is not None:
+        if not isinstance(shared, SharedPrefix):
+            raise TypeError(f"shared: expected a SharedPrefix, got {type(shared).__name__}")
+        check_tensor("shared.groups", shared.groups, sizes, "B", INT32, device)
+        check_tensor("shared.lens", shared.lens, sizes, "B", INT32, device)
     if window is not None:
         check_int("window", window, 1)
     scale = _number("scale", 1.0 / math.sqrt(sizes["D"]) if scale is None else scale)
@@ -122,12 +139,15 @@ def tree_attention(
     k_scale = _head_scale("k_scale", k_scale, sizes, query)
     v_scale = _head_scale("v_scale", v_scale, sizes, query)
     if DEBUG:
-        _debug_checks(tree, prefix_lens, block_table, sizes)
+        _debug_checks(tree, prefix_lens, block_table, shared, sizes)
+    if layout is None:
+        layout = tree_layout(tree)
+    bits = layout.ancestor_bits if mask_bits is None else mask_bits
     facts = {"dtype": query.dtype, "cache_dtype": key_cache.dtype, "sizes": (sizes["D"], sizes["Dv"])}
     op = library.overload("tree_attention", backends.select("tree_attention", device.type, backend, **facts))
     out, lse = op(
-        query, key_cache, value_cache, tree.parents, tree.cu_nodes, tree.max_nodes, prefix_lens, block_table, mask_bits,
-        scale, window or 0, softcap, sinks, k_scale, v_scale, return_lse,
+        query, key_cache, value_cache, layout.depths, bits, tree.cu_nodes, tree.max_nodes, prefix_lens, block_table,
+        *(shared or (None, None)), scale, window or 0, softcap, sinks, k_scale, v_scale, return_lse,
     )  # fmt: skip
     return (out, lse) if return_lse else out
 
@@ -150,8 +170,19 @@ def _head_scale(name: str, value, sizes: dict[str, int], query: Tensor) -> Tenso
     return torch.full((sizes["Hkv"],), _number(name, value), dtype=torch.float32, device=query.device)
 
 
-def _debug_checks(tree: DraftTree, prefix_lens: Tensor, block_table: Tensor | None, sizes: dict[str, int]) -> None:
+def _debug_checks(
+    tree: DraftTree,
+    prefix_lens: Tensor,
+    block_table: Tensor | None,
+    shared: SharedPrefix | None,
+    sizes: dict[str, int],
+) -> None:
     """Checks that read device memory (SPECDEC_DEBUG=1)."""
+    if shared is not None:
+        there = (shared.groups >= 0) & (shared.groups < sizes["B"])
+        check_values("shared.groups", there, shared.groups, f"requests 0..{sizes['B'] - 1}")
+        within = (shared.lens >= 0) & (shared.lens <= prefix_lens)
+        check_values("shared.lens", within, shared.lens, "0..prefix_lens")
     ends = prefix_lens + tree.cu_nodes.diff()
     room = sizes["L"] if block_table is None else sizes["M"] * sizes["block_size"]
     check_values(

@@ -10,15 +10,16 @@ from torch import Tensor
 from . import backends, library
 from .checks import DEBUG, FLOATS, INT32, INT64, REFERENCE_FLOATS, check_int, check_tensor, check_values
 from .reference import head as reference
-from .types import HeadSample, HeadTopK, Philox
+from .types import HeadPart, HeadSample, HeadTopK, Philox
 
 MAX_K = 64
 
 # `temperatures` [B] fp32, where given, replaces `temperature`, so that a plain number costs no launch.
-_REST = (
-    "Tensor? rows, Tensor? token_ids, Tensor? bias, Tensor? scale, float temperature, Tensor? temperatures, "
-    "bool return_logits) -> (Tensor logits, Tensor tokens, Tensor lse, Tensor entropy, Tensor all_logits)"
+_ROWS = (
+    "Tensor? rows, Tensor? row_groups, Tensor? token_ids, Tensor? bias, Tensor? scale, float temperature, "
+    "Tensor? temperatures"
 )
+_REST = _ROWS + ", bool return_logits) -> (Tensor logits, Tensor tokens, Tensor lse, Tensor entropy, Tensor all_logits)"
 
 
 def _fake(hidden, weight, k, rows, return_logits):
@@ -41,6 +42,11 @@ def _sample_fake(hidden, weight, k, seed, offset, row, rows, *rest):
     return _fake(hidden, weight, k, rows, rest[-1])
 
 
+def _part_fake(hidden, weight, k, seed, offset, row, rows, *rest):
+    logits, tokens, *_ = _fake(hidden, weight, k, rows, False)
+    return logits.double(), logits, tokens, hidden.new_empty((hidden.shape[0], 3), dtype=torch.float64)
+
+
 library.declare(
     "head_topk", "(Tensor hidden, Tensor weight, int k, " + _REST, reference=reference.head_topk, fake=_topk_fake
 )
@@ -49,6 +55,15 @@ library.declare(
     "(Tensor hidden, Tensor weight, int k, Tensor seed, Tensor offset, Tensor? row, " + _REST,
     reference=reference.head_sample,
     fake=_sample_fake,
+)
+# One rank's share of a sharded head: candidates with their keys, and sums that merge (see reference.head_part).
+library.declare(
+    "head_part",
+    "(Tensor hidden, Tensor weight, int k, Tensor? seed, Tensor? offset, Tensor? row, "
+    + _ROWS
+    + ") -> (Tensor keys, Tensor logits, Tensor tokens, Tensor sums)",
+    reference=reference.head_part,
+    fake=_part_fake,
 )
 
 
@@ -60,8 +75,11 @@ backends.serves("head_topk", "cpu", _cpu_limit)
 backends.serves("head_sample", "cpu", _cpu_limit)
 
 
-def _arguments(hidden, weight, k, rows, token_ids, bias, scale, temperature, return_logits, *, greedy: bool):
-    """Check what the two ops share; returns the tail of the op's arguments. `greedy`: temperature 0 is allowed."""
+def arguments(hidden, weight, k, rows, row_groups, token_ids, bias, scale, temperature, *, greedy: bool):
+    """Check what the ops share; returns the sizes and what the ops' schemas call rows .. temperatures.
+
+    `greedy`: temperature 0 is allowed.
+    """
     sizes: dict[str, int] = {}
     check_tensor("hidden", hidden, sizes, "B D", REFERENCE_FLOATS)
     device = hidden.device
@@ -72,7 +90,12 @@ def _arguments(hidden, weight, k, rows, token_ids, bias, scale, temperature, ret
             "token_ids: expected None beside rows (rows gathers from an untouched weight, token_ids names the rows of "
             "a trimmed one), got both"
         )
-    if rows is not None:
+    if row_groups is not None:
+        if rows is None:
+            raise ValueError("row_groups: expected None without rows, got a tensor")
+        check_tensor("row_groups", row_groups, sizes, "B", INT32, device)
+        check_tensor("rows", rows, sizes, "G R", INT32, device)
+    elif rows is not None:
         shape = "B R" if isinstance(rows, Tensor) and rows.ndim == 2 else "R"
         check_tensor("rows", rows, sizes, shape, INT32, device)
     if token_ids is not None:
@@ -91,14 +114,27 @@ def _arguments(hidden, weight, k, rows, token_ids, bias, scale, temperature, ret
         raise ValueError(f"temperature: expected a finite number {'>=' if greedy else '>'} 0, got {temperature}")
     if DEBUG:
         if rows is not None:
-            check_values("rows", (rows >= 0) & (rows < sizes["V"]), rows, f"row ids in 0..{sizes['V'] - 1}")
+            check_values("rows", (rows >= -1) & (rows < sizes["V"]), rows, f"row ids in -1..{sizes['V'] - 1}")
+        if row_groups is not None:
+            known = (row_groups >= 0) & (row_groups < sizes["G"])
+            check_values("row_groups", known, row_groups, f"lines of rows, 0..{sizes['G'] - 1}")
         if token_ids is not None:
             check_values("token_ids", token_ids >= 0, token_ids, "target ids >= 0")
         if temperatures is not None:
             positive = temperatures >= 0 if greedy else temperatures > 0
             fine = positive & temperatures.isfinite()
             check_values("temperature", fine, temperatures, f"finite numbers {'>=' if greedy else '>'} 0")
-    return sizes, (rows, token_ids, bias, scale, float(temperature), temperatures, return_logits)
+    return sizes, (rows, row_groups, token_ids, bias, scale, float(temperature), temperatures)
+
+
+def check_rng(rng, sizes: dict[str, int], device) -> None:
+    """Raise unless `rng` is a Philox of the batch's size."""
+    if not isinstance(rng, Philox):
+        raise TypeError(f"rng: expected a Philox, got {type(rng).__name__}")
+    check_tensor("rng.seed", rng.seed, sizes, "B", INT64, device)
+    check_tensor("rng.offset", rng.offset, sizes, "B", INT64, device)
+    if rng.row is not None:
+        check_tensor("rng.row", rng.row, sizes, "B", INT32, device)
 
 
 def head_topk(
@@ -107,6 +143,7 @@ def head_topk(
     k: int = 1,
     *,
     rows: Tensor | None = None,
+    row_groups: Tensor | None = None,
     token_ids: Tensor | None = None,
     bias: Tensor | None = None,
     scale: Tensor | None = None,
@@ -124,8 +161,10 @@ def head_topk(
         hidden: [B, D] fp32, bf16 or fp16 (fp64 on the reference).
         weight: [V, D] of hidden's dtype.
         k: how many tokens to keep, 1..64.
-        rows: [R] or [B, R] int32, rows of the weight to look at, for all requests or for each its own. A row's index
-            is its target id. Default: all of them.
+        rows: [R] or [B, R] int32, rows of the weight to look at, for all requests or for each its own; with
+            `row_groups` [G, R], for each group its own. A row's index is its target id; -1 pads. Default: all of them.
+        row_groups: [B] int32, the line of `rows` that each hidden vector looks at. Neighbours of one group, such as
+            the nodes of one tree, read the weight once.
         token_ids: [V] int32, target id of each row of a weight that is already trimmed.
         bias: [V] fp32 or weight's dtype, by row of the weight; -inf bans a token.
         scale: [V] fp32, multiplies the dot product of each row (dequantisation).
@@ -140,15 +179,17 @@ def head_topk(
 
     Raises:
         TypeError, ValueError: an argument that does not fit; names it, what came and what was expected. Values of
-            `rows`, `token_ids` and tensor temperatures are checked under SPECDEC_DEBUG=1; without it a row id that
-            the weight does not have counts as logit -inf, and a temperature of 0 as 1.
+            `rows`, `row_groups`, `token_ids` and tensor temperatures are checked under SPECDEC_DEBUG=1; without it a
+            row id that the weight does not have counts as logit -inf, so does every row of a group that `rows` does
+            not have, and a temperature of 0 counts as 1.
         BackendError: `backend` cannot serve the call.
     """
-    _, rest = _arguments(
-        hidden, weight, k, rows, token_ids, bias, scale, temperature, return_logits, greedy=False
+    _, rest = arguments(
+        hidden, weight, k, rows, row_groups, token_ids, bias, scale, temperature, greedy=False
     )  # fmt: skip
     chosen = backends.select("head_topk", hidden.device.type, backend, dtype=hidden.dtype)
-    logits, tokens, lse, entropy, all_logits = library.overload("head_topk", chosen)(hidden, weight, k, *rest)
+    op = library.overload("head_topk", chosen)
+    logits, tokens, lse, entropy, all_logits = op(hidden, weight, k, *rest, return_logits)
     return HeadTopK(logits, tokens, lse, entropy, all_logits if return_logits else None)
 
 
@@ -159,6 +200,7 @@ def head_sample(
     *,
     rng: Philox,
     rows: Tensor | None = None,
+    row_groups: Tensor | None = None,
     token_ids: Tensor | None = None,
     bias: Tensor | None = None,
     scale: Tensor | None = None,
@@ -175,7 +217,7 @@ def head_sample(
     verification expect.
 
     Args:
-        hidden, weight, k, rows, token_ids, bias, scale, return_logits, backend: as for `head_topk`.
+        hidden, weight, k, rows, row_groups, token_ids, bias, scale, return_logits, backend: as for `head_topk`.
         rng: random stream of each request: seed [B] int64, offset [B] int64 (absolute position), row [B] int32
             (several draws at one position, e.g. nodes of a tree; default 0).
         temperature: >= 0, a number or [B] fp32. At 0 the draws are the k best tokens, and lse and entropy are those
@@ -187,16 +229,51 @@ def head_sample(
     Raises:
         TypeError, ValueError, BackendError: as for `head_topk`.
     """
-    sizes, rest = _arguments(
-        hidden, weight, k, rows, token_ids, bias, scale, temperature, return_logits, greedy=True
+    sizes, rest = arguments(
+        hidden, weight, k, rows, row_groups, token_ids, bias, scale, temperature, greedy=True
     )  # fmt: skip
-    if not isinstance(rng, Philox):
-        raise TypeError(f"rng: expected a Philox, got {type(rng).__name__}")
-    check_tensor("rng.seed", rng.seed, sizes, "B", INT64, hidden.device)
-    check_tensor("rng.offset", rng.offset, sizes, "B", INT64, hidden.device)
-    if rng.row is not None:
-        check_tensor("rng.row", rng.row, sizes, "B", INT32, hidden.device)
+    check_rng(rng, sizes, hidden.device)
     chosen = backends.select("head_sample", hidden.device.type, backend, dtype=hidden.dtype)
     op = library.overload("head_sample", chosen)
-    logits, tokens, lse, entropy, all_logits = op(hidden, weight, k, *rng, *rest)
+    logits, tokens, lse, entropy, all_logits = op(hidden, weight, k, *rng, *rest, return_logits)
     return HeadSample(logits, tokens, lse, entropy, all_logits if return_logits else None)
+
+
+def head_part(
+    hidden: Tensor,
+    weight: Tensor,
+    k: int = 1,
+    *,
+    rng: Philox | None = None,
+    rows: Tensor | None = None,
+    row_groups: Tensor | None = None,
+    token_ids: Tensor | None = None,
+    bias: Tensor | None = None,
+    scale: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    backend: str | None = None,
+) -> HeadPart:
+    """One rank's share of a head whose rows are spread over several, for engines with collectives of their own.
+
+    Candidates of all ranks, sorted by (key descending, token ascending), begin with the k best or drawn of the whole
+    head; sums of two ranks add once the ones with the lower anchor are brought to the higher: both times
+    2^(difference), the third minus difference times the second. Every term is the same whoever adds it.
+
+    Args:
+        rng: as for `head_sample`; None ranks by the logits, as `head_topk` does.
+        hidden, weight, k, rows, row_groups, token_ids, bias, scale, temperature, backend: as for `head_sample`.
+            `token_ids` names the rows of a shard.
+
+    Returns:
+        HeadPart.
+
+    Raises:
+        TypeError, ValueError, BackendError: as for `head_topk`.
+    """
+    sizes, rest = arguments(
+        hidden, weight, k, rows, row_groups, token_ids, bias, scale, temperature, greedy=rng is not None
+    )  # fmt: skip
+    if rng is not None:
+        check_rng(rng, sizes, hidden.device)
+    chosen = backends.select("head_part", hidden.device.type, backend, dtype=hidden.dtype)
+    return HeadPart(*library.overload("head_part", chosen)(hidden, weight, k, *(rng or (None,) * 3), *rest))

@@ -17,7 +17,8 @@ library.declare(
     reference=reference.compact_kv_,
     fake=lambda caches, nodes, prefix_lens, block_table: None,
 )
-backends.serves("compact_kv_", "cuda")
+for _backend in ("cpu", "cuda"):
+    backends.serves("compact_kv_", _backend)
 
 
 def compact_kv_(
@@ -42,7 +43,7 @@ def compact_kv_(
         prefix_lens: [B] int32, committed slots before the root.
         block_table: [B, M] int32, physical block of each logical block of a request. Requests may share only blocks
             that end before the root.
-        backend: force `reference` or `cuda`.
+        backend: force `reference`, `cpu` or `cuda`.
 
     Raises:
         TypeError, ValueError: an argument that does not fit; names it, what came and what was expected. Nodes that do

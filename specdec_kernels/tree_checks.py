@@ -38,7 +38,7 @@ def check_tree_values(tree: DraftTree) -> None:
     check_values("tree.parents", roots, tree.parents, "-1 at each root and nowhere else")
     check_values("tree.parents", tree.parents >= -1, tree.parents, "-1 or a node of the same tree")
     check_values("tree.parents", tree.parents < local, tree.parents, "parents before children")
-    depths, _ = tree_layout(tree.parents, tree.cu_nodes, tree.max_nodes)
+    depths = tree_layout(tree.parents, tree.cu_nodes, tree.max_nodes, None)[0]
     check_values("tree.max_depth", depths <= tree.max_depth, depths, f"no node deeper than max_depth={tree.max_depth}")
 
 

@@ -23,7 +23,7 @@ from .tree_growth import (
     iid_children,
 )
 from .tree_shapes import Level, TreeShape, branching_tree, sequoia_tree, static_tree
-from .types import DraftTree
+from .types import DraftTree, TreeLayout
 
 __all__ = [
     "Beam",
@@ -42,40 +42,52 @@ __all__ = [
     "tree_layout",
 ]
 
-_LAYOUT = "(Tensor parents, Tensor cu_nodes, int max_nodes) -> (Tensor depths, Tensor ancestor_bits)"
+_LAYOUT = (
+    "(Tensor parents, Tensor cu_nodes, int max_nodes, Tensor? prefix_lens) "
+    "-> (Tensor depths, Tensor ancestor_bits, Tensor positions)"
+)
 
 
-def _layout_fake(parents: Tensor, cu_nodes: Tensor, max_nodes: int):
+def _layout_fake(parents: Tensor, cu_nodes: Tensor, max_nodes: int, prefix_lens: Tensor | None):
     nodes = parents.shape[0]
     return (
         parents.new_empty((nodes,), dtype=torch.int32),
         parents.new_empty((nodes, (max_nodes + 63) // 64), dtype=torch.int64),
+        parents.new_empty((nodes,), dtype=torch.int32),
     )
 
 
 library.declare("tree_layout", _LAYOUT, reference=reference.tree_layout, fake=_layout_fake)
-backends.serves("tree_layout", "reference")
+for _backend in ("cpu", "cuda"):
+    backends.serves("tree_layout", _backend)
 
 
-def tree_layout(tree: DraftTree, *, backend: str | None = None) -> tuple[Tensor, Tensor]:
-    """Where each node stands in its tree.
+def tree_layout(
+    tree: DraftTree, prefix_lens: Tensor | None = None, *, backend: str | None = None
+) -> TreeLayout:  # fmt: skip
+    """Where each node stands: in its tree, and in its request.
 
     Args:
         tree: parents [N] int32, cu_nodes [B+1] int32, max_nodes.
-        backend: force `reference`.
+        prefix_lens: [B] int32, committed tokens in front of each root. Default: none, and positions are depths.
+        backend: force `reference`, `cpu`, `triton` or `cuda`.
 
     Returns:
-        depths [N] int32, edges between each node and its root; ancestor_bits [N, ceil(max_nodes/64)] int64, bit j of
-        row i's words is set iff node j of the same tree is node i or one of its ancestors.
+        TreeLayout: depths [N] int32, edges between each node and its root; ancestor_bits [N, ceil(max_nodes/64)]
+        int64, bit j of row i's words is set iff node j of the same tree is node i or one of its ancestors; positions
+        [N] int32, prefix_lens + depths, what a model takes as position_ids.
 
     Raises:
         TypeError, ValueError: an argument that does not fit. Values are checked under SPECDEC_DEBUG=1; without it a
             parent that does not come before its child makes that node hang on the node before it, and rows that
             cu_nodes gives to no tree hold harmless numbers.
     """
-    check_tree(tree)
+    sizes: dict[str, int] = {}
+    check_tree(tree, sizes)
+    if prefix_lens is not None:
+        check_tensor("prefix_lens", prefix_lens, sizes, "B", INT32, tree.parents.device)
     op = library.overload("tree_layout", backends.select("tree_layout", tree.parents.device.type, backend))
-    return op(tree.parents, tree.cu_nodes, tree.max_nodes)
+    return TreeLayout(*op(tree.parents, tree.cu_nodes, tree.max_nodes, prefix_lens))
 
 
 def merge_trees(trees: Sequence[DraftTree], *, draws: bool = False) -> tuple[DraftTree, Tensor]:

@@ -104,13 +104,32 @@ class DraftTree(NamedTuple):
         """[N] int32, edges between each node and its root."""
         from .trees import tree_layout
 
-        return tree_layout(self)[0]
+        return tree_layout(self).depths
 
     def ancestor_bits(self) -> Tensor:
         """[N, ceil(max_nodes/64)] int64: bit j of node i's words is set iff node j is i or one of its ancestors."""
         from .trees import tree_layout
 
-        return tree_layout(self)[1]
+        return tree_layout(self).ancestor_bits
+
+
+class TreeLayout(NamedTuple):
+    """Where the nodes of trees stand; one serves all layers of a forward."""
+
+    depths: Tensor  # [N] int32, edges between each node and its root
+    ancestor_bits: Tensor  # [N, ceil(max_nodes/64)] int64: bit j of row i's words is set iff node j is i or above it
+    positions: Tensor  # [N] int32, depth behind the request's prefix
+
+
+class SharedPrefix(NamedTuple):
+    """Requests that continue one prefix, which is then read once.
+
+    The first `lens[b]` slots of request b are read where request `groups[b]` has them; its own cache row or blocks may
+    hold anything there. Several requests share if they name the same one, which may be one of them.
+    """
+
+    groups: Tensor  # [B] int32, index of the request whose slots are read
+    lens: Tensor  # [B] int32, how many of them; at most prefix_lens[b], and 0 shares nothing
 
 
 class SamplingParams(NamedTuple):
@@ -180,6 +199,17 @@ class HeadTopK(NamedTuple):
     lse: Tensor  # [B] fp32, log-sum-exp of logits / temperature
     entropy: Tensor  # [B] fp32, nats, of softmax(logits / temperature)
     all_logits: Tensor | None  # [B, R] fp32 before temperature, on request
+
+
+class HeadPart(NamedTuple):
+    """What one rank of a sharded head knows of its rows; parts of several ranks merge exactly."""
+
+    keys: Tensor  # [B, k] fp64, what candidates are ranked by: the logit, or logit / temperature + Gumbel noise
+    logits: Tensor  # [B, k] fp32, before temperature, by descending key; -inf pads
+    tokens: Tensor  # [B, k] int32 target ids, -1 pads
+    # [B, 3] fp64: an integer anchor a, then over t = logit * log2(e) / temperature the sums of 2^(t - a) and of
+    # 2^(t - a) * (t - a). Sums are NaN where a logit is NaN or +inf; a is -inf where no logit is finite.
+    sums: Tensor
 
 
 class HeadSample(NamedTuple):

@@ -6,20 +6,22 @@ import pytest
 import torch
 
 from attention_cases import NAN, Case
-from specdec_kernels import tree_attention
+from specdec_kernels import tree_attention, trees
 
 
 def test_op_contract():
     case = Case([[-1, 0, 0], [-1, 0]], [6, 2])
     paged = case.paged(4)
     tree = case.tree
-    plain = (case.query, case.keys, case.values, tree.parents, tree.cu_nodes, 3, case.prefix_lens)
-    blocks = (case.query, paged["key_cache"], paged["value_cache"], *plain[3:])
-    sees = tree.ancestor_bits()
+    layout = trees.tree_layout(tree)
+    seen = (layout.depths, layout.ancestor_bits, tree.cu_nodes, 3, case.prefix_lens)
+    groups = torch.zeros(2, dtype=torch.int32)
     op = torch.ops.specdec_kernels.tree_attention.default
-    torch.library.opcheck(op, (*plain, None, None, 0.3, 0, 0.0, None, None, None, False))
+    dense = (case.query, case.keys, case.values, *seen, None, None, None, 0.3, 0, 0.0, None, None, None, False)
+    torch.library.opcheck(op, dense)
+    blocks = (case.query, paged["key_cache"], paged["value_cache"], *seen, paged["block_table"], groups, groups + 2)
     ones = torch.ones(2)
-    torch.library.opcheck(op, (*blocks, paged["block_table"], sees, 0.3, 4, 9.0, torch.ones(4), ones, ones, True))
+    torch.library.opcheck(op, (*blocks, 0.3, 4, 9.0, torch.ones(4), ones, ones, True))
 
 
 def test_compiles_without_a_break():

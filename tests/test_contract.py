@@ -32,6 +32,7 @@ SHARED = {
 }
 HEAD = {
     "rows": None,
+    "row_groups": None,
     "token_ids": None,
     "bias": None,
     "scale": None,
@@ -52,11 +53,19 @@ SIGNATURES = {
     ),
     sk.head_topk: ({"hidden": REQUIRED, "weight": REQUIRED, "k": 1}, HEAD),
     sk.head_sample: ({"hidden": REQUIRED, "weight": REQUIRED, "k": 1}, {"rng": REQUIRED, **HEAD}),
+    sk.head_part: (
+        {"hidden": REQUIRED, "weight": REQUIRED, "k": 1},
+        {"rng": None, **{name: default for name, default in HEAD.items() if name != "return_logits"}},
+    ),
     sk.tree_attention: (
         dict.fromkeys(("query", "key_cache", "value_cache", "tree", "prefix_lens"), REQUIRED),
         {
             **dict.fromkeys(
-                ("block_table", "mask_bits", "scale", "window", "softcap", "sinks", "k_scale", "v_scale"), None
+                (
+                    *("block_table", "mask_bits", "layout", "shared", "scale", "window"),
+                    *("softcap", "sinks", "k_scale", "v_scale"),
+                ),
+                None,
             ),
             "return_lse": False,
             "backend": None,
@@ -66,7 +75,7 @@ SIGNATURES = {
         dict.fromkeys(("caches", "nodes", "prefix_lens"), REQUIRED),
         {"block_table": None, "backend": None},
     ),
-    trees.tree_layout: ({"tree": REQUIRED}, {"backend": None}),
+    trees.tree_layout: ({"tree": REQUIRED, "prefix_lens": None}, {"backend": None}),
 }
 
 FIELDS = {
@@ -76,10 +85,16 @@ FIELDS = {
     sk.Philox: ("seed", "offset", "row"),
     sk.Verified: ("tokens", "nodes", "num_tokens", "logprobs"),
     sk.HeadTopK: ("logits", "tokens", "lse", "entropy", "all_logits"),
+    sk.HeadPart: ("keys", "logits", "tokens", "sums"),
     sk.HeadSample: ("logits", "tokens", "lse", "entropy", "all_logits"),
+    sk.TreeLayout: ("depths", "ancestor_bits", "positions"),
+    sk.SharedPrefix: ("groups", "lens"),
 }
 
-OPS = ("verify_chain", "verify_tree", "head_topk", "head_sample", "tree_attention", "compact_kv_", "tree_layout")
+OPS = (
+    *("verify_chain", "verify_tree", "head_topk", "head_sample", "head_part"),
+    *("tree_attention", "compact_kv_", "tree_layout"),
+)
 
 
 def _tree() -> sk.DraftTree:
@@ -110,6 +125,10 @@ def _sample(backend=None):
     return sk.head_sample(torch.randn(2, 8), torch.randn(11, 8), k=3, rng=_rng(), backend=backend)
 
 
+def _part(backend=None):
+    return sk.head_part(torch.randn(2, 8), torch.randn(11, 8), k=3, rng=_rng(), backend=backend)
+
+
 def _attention(backend=None):
     cache = torch.randn(2, 2, 16, 8)
     lens = torch.tensor([5, 7], dtype=torch.int32)
@@ -128,7 +147,7 @@ def _layout(backend=None):
 
 
 # One small call of each op, on the CPU; the seed is set before it.
-CALLS = dict(zip(OPS, (_chain, _verify_tree, _topk, _sample, _attention, _compact, _layout), strict=True))
+CALLS = dict(zip(OPS, (_chain, _verify_tree, _topk, _sample, _part, _attention, _compact, _layout), strict=True))
 
 
 def run(code: str, cwd: Path = ROOT, **environment) -> subprocess.CompletedProcess:

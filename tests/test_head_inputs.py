@@ -64,8 +64,12 @@ BAD_SAMPLE = {
     "row": ({"rng": RNG._replace(row=RNG.seed)}, TypeError, "rng.row: expected dtype int32, got int64"),
 }
 DEBUG_ONLY = {
-    "rows": ({"rows": INTS + 1}, r"rows: expected row ids in 0..19, got 20 at index 19"),
-    "negative rows": ({"rows": INTS - 1}, r"rows: expected row ids in 0..19, got -1 at index 0"),
+    "rows": ({"rows": INTS + 1}, r"rows: expected row ids in -1..19, got 20 at index 19"),
+    "negative rows": ({"rows": INTS - 2}, r"rows: expected row ids in -1..19, got -2 at index 0"),
+    "row groups": (
+        {"rows": INTS.expand(2, -1), "row_groups": INTS[:3]},
+        r"row_groups: expected lines of rows, 0..1, got 2 at index 2",
+    ),
     "names": ({"token_ids": INTS - 4}, r"token_ids: expected target ids >= 0, got -4 at index 0"),
     "temperatures": (
         {"temperature": torch.tensor([1.0, -2.0, 1.0])},
@@ -122,10 +126,10 @@ def every_form(dtype=torch.float32):
     """Argument lists of both ops: each optional tensor given once, none given once."""
     hidden, weight = inputs(3, 20, 8, dtype)
     for rest in (
-        (None, None, None, None, 1.0, None, False),
-        (INTS[3:9], None, torch.randn(20), None, 0.5, None, True),
-        (INTS.expand(3, -1), None, torch.randn(20).to(dtype), torch.rand(20), 1.0, torch.rand(3) + 0.1, True),
-        (None, INTS + 7, None, None, 1.0, torch.rand(3) + 0.1, False),
+        (None, None, None, None, None, 1.0, None, False),
+        (INTS[3:9], None, None, torch.randn(20), None, 0.5, None, True),
+        (INTS.expand(3, -1), None, None, torch.randn(20).to(dtype), torch.rand(20), 1.0, torch.rand(3) + 0.1, True),
+        (None, None, INTS + 7, None, None, 1.0, torch.rand(3) + 0.1, False),
     ):
         yield torch.ops.specdec_kernels.head_topk, (hidden, weight, 4, *rest)
         for row in (None, INTS[:3]):
@@ -167,16 +171,16 @@ def test_fakes_have_the_shapes_of_the_results():
 @pytest.mark.skipif(sk.backends.MISSING["cpu"] is not None, reason=str(sk.backends.MISSING["cpu"]))
 def test_the_op_itself_refuses_what_would_leave_its_bounds():
     op, hidden, weight = torch.ops.specdec_kernels.head_topk, HIDDEN, WEIGHT
-    rest = (None, None, 1.0, None, False)
+    rest = (None, None, 1.0, None, False)  # behind rows, row_groups, token_ids
     for arguments, message in [
-        ((hidden, weight[:, :5], 2, None, None, *rest), "weight: expected"),
-        ((hidden, weight.half(), 2, None, None, *rest), "weight: expected hidden's dtype"),
-        ((hidden, weight, 65, None, None, *rest), "k: expected 1..64, got 65"),
-        ((hidden, weight, 2, INTS.long(), None, *rest), "rows: expected int32"),
-        ((hidden, weight, 2, INTS.expand(2, -1), None, *rest), "rows: expected int32"),
-        ((hidden, weight, 2, None, INTS[:3], *rest), "token_ids: expected"),
-        ((hidden, weight, 2, None, None, torch.zeros(3), *rest[1:]), "bias: expected"),
-        ((hidden, weight, 2, None, None, None, None, 1.0, torch.ones(2), False), "temperatures: expected"),
+        ((hidden, weight[:, :5], 2, None, None, None, *rest), "weight: expected"),
+        ((hidden, weight.half(), 2, None, None, None, *rest), "weight: expected hidden's dtype"),
+        ((hidden, weight, 65, None, None, None, *rest), "k: expected 1..64, got 65"),
+        ((hidden, weight, 2, INTS.long(), None, None, *rest), "rows: expected int32"),
+        ((hidden, weight, 2, INTS.expand(2, -1), None, None, *rest), "rows: expected int32"),
+        ((hidden, weight, 2, None, None, INTS[:3], *rest), "token_ids: expected"),
+        ((hidden, weight, 2, None, None, None, torch.zeros(3), *rest[1:]), "bias: expected"),
+        ((hidden, weight, 2, None, None, None, None, None, 1.0, torch.ones(2), False), "temperatures: expected"),
     ]:
         with pytest.raises(RuntimeError, match=message):
             op(*arguments)

@@ -65,7 +65,7 @@ def test_layout_is_the_naive_walk(requests, slack):
 
 @pytest.mark.parametrize("requests", [[], [[-1]], [[-1, *range(199)]], [[-1], [-1, 0], [-1, 0, 0]]])
 def test_layout_edge_shapes(requests, device):
-    depths, bits = trees.tree_layout(make_tree(requests, device))
+    depths, bits, _ = trees.tree_layout(make_tree(requests, device))
     assert depths.tolist() == [len(ancestors(r, n)) - 1 for r in requests for n in range(len(r))]
     assert bits.device.type == device
 
@@ -73,7 +73,7 @@ def test_layout_edge_shapes(requests, device):
 def test_layout_ignores_padding_rows_and_survives_bad_parents():
     tree = make_tree([[-1, 0, 1], [-1, 0]])
     padded = tree._replace(parents=torch.cat([tree.parents, ints([5, -9, 40])]))
-    depths, bits = trees.tree_layout(padded)
+    depths, bits, _ = trees.tree_layout(padded)
     assert depths[:5].equal(tree.depths()) and bits[:5].equal(tree.ancestor_bits())
 
 
@@ -81,7 +81,7 @@ def test_layout_ignores_padding_rows_and_survives_bad_parents():
 @pytest.mark.parametrize("parents", [[-1, 2, 0, 4, 1], [9, 9, -9, 9, 9], [-1, 0, 1, 2, 3]])
 @pytest.mark.parametrize("max_nodes", [1, 3, 70])
 def test_layout_stays_in_bounds_whatever_it_is_given(cu_nodes, parents, max_nodes):
-    depths, bits = trees.tree_layout(DraftTree(ints(parents), ints(parents), ints(cu_nodes), max_nodes, 4))
+    depths, bits, _ = trees.tree_layout(DraftTree(ints(parents), ints(parents), ints(cu_nodes), max_nodes, 4))
     assert bits.shape == (5, (max_nodes + 63) // 64)
     assert (depths >= 0).all() and (depths <= torch.arange(5)).all()
 
@@ -94,7 +94,7 @@ def test_layout_makes_a_parent_that_comes_late_the_node_before():
 
 def test_layout_op_contract():
     tree = make_tree([[-1, 0, 0, 1], [-1, 0]])
-    torch.library.opcheck(torch.ops.specdec_kernels.tree_layout.default, (tree.parents, tree.cu_nodes, 70))
+    torch.library.opcheck(torch.ops.specdec_kernels.tree_layout.default, (tree.parents, tree.cu_nodes, 70, None))
     compiled = torch.compile(lambda t: trees.tree_layout(t), fullgraph=True, backend="aot_eager")
     for got, want in zip(compiled(tree), trees.tree_layout(tree), strict=True):
         assert got.equal(want)

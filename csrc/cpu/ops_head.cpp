@@ -166,16 +166,18 @@ Results run(const Tensor& hidden, const Tensor& weight, int64_t k, HeadArgs args
 }
 
 Results head_topk(const Tensor& hidden, const Tensor& weight, int64_t k, const MaybeTensor& rows,
-                  const MaybeTensor& token_ids, const MaybeTensor& bias, const MaybeTensor& scale, double temperature,
+                  const MaybeTensor& row_groups, const MaybeTensor& token_ids, const MaybeTensor& bias, const MaybeTensor& scale, double temperature,
                   const MaybeTensor& temperatures, bool return_logits) {
+  check(!row_groups, "row_groups: not served yet");
   return run(hidden, weight, k, HeadArgs{}, rows, token_ids, bias, scale, temperature, temperatures, return_logits);
 }
 
 Results head_sample(const Tensor& hidden, const Tensor& weight, int64_t k, const Tensor& seed, const Tensor& offset,
-                    const MaybeTensor& row, const MaybeTensor& rows, const MaybeTensor& token_ids,
-                    const MaybeTensor& bias, const MaybeTensor& scale, double temperature,
+                    const MaybeTensor& row, const MaybeTensor& rows, const MaybeTensor& row_groups,
+                    const MaybeTensor& token_ids, const MaybeTensor& bias, const MaybeTensor& scale, double temperature,
                     const MaybeTensor& temperatures, bool return_logits) {
   check(hidden.dim() == 2, "hidden: expected [B, D]");
+  check(!row_groups, "row_groups: not served yet");
   const Values<int64_t> seeds("seed", seed, ScalarType::Long, hidden.size(0));
   const Values<int64_t> offsets("offset", offset, ScalarType::Long, hidden.size(0));
   const Values<int32_t> numbers("row", row, ScalarType::Int, hidden.size(0));

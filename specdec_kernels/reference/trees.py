@@ -8,8 +8,10 @@ from torch import Tensor
 from .. import philox
 
 
-def tree_layout(parents: Tensor, cu_nodes: Tensor, max_nodes: int) -> tuple[Tensor, Tensor]:
-    """Depths and ancestor bits by pointer doubling: after round t each node has gathered its next 2^t ancestors.
+def tree_layout(
+    parents: Tensor, cu_nodes: Tensor, max_nodes: int, prefix_lens: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Depths, ancestor bits, positions. After round t of pointer doubling a node has its next 2^t ancestors.
 
     Nothing here depends on values the host would have to read. A parent that does not come before its child counts as
     the node before it, so every walk ends; rows that cu_nodes gives to no tree (padding) hold harmless numbers.
@@ -31,7 +33,10 @@ def tree_layout(parents: Tensor, cu_nodes: Tensor, max_nodes: int) -> tuple[Tens
         depths = depths + depths[jump]
         bits = bits | bits[jump]
         jump = jump[jump]
-    return depths, bits
+    positions = depths.clone()
+    if prefix_lens is not None and len(prefix_lens):
+        positions += torch.where(tree < len(prefix_lens), prefix_lens[tree.clamp(0, len(prefix_lens) - 1)], 0)
+    return depths, bits, positions
 
 
 def bounded(cu_nodes: Tensor, nodes: int) -> Tensor:
