@@ -91,7 +91,17 @@ inline void __syncwarp() { cuda_host::meet(cuda_host::Meeting::kSync, 0); }
 inline void __syncthreads() { cuda_host::barrier(0, blockDim.x); }
 inline void __barrier_sync_count(unsigned id, unsigned count) { cuda_host::barrier(id, count); }
 
+inline int atomicMax(int* address, int value) {
+  std::atomic_ref<int> target(*address);
+  int seen = target.load();
+  while (seen < value && !target.compare_exchange_weak(seen, value)) {
+  }
+  return seen;
+}
+
 inline int __popc(unsigned x) { return std::popcount(x); }
+inline int __popcll(unsigned long long x) { return std::popcount(x); }
+inline int __ffsll(long long x) { return x == 0 ? 0 : std::countr_zero(static_cast<unsigned long long>(x)) + 1; }
 inline int __clz(int x) { return std::countl_zero(static_cast<unsigned>(x)); }
 inline int __ffs(int x) { return x == 0 ? 0 : std::countr_zero(static_cast<unsigned>(x)) + 1; }
 inline uint32_t __float_as_uint(float x) { return std::bit_cast<uint32_t>(x); }

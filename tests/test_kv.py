@@ -71,6 +71,10 @@ def check(caches, nodes, prefix_lens, block_table=None, **options):
         assert torch.equal(raw(got.cpu()), raw(want))
 
 
+# What serves without being asked, compiled where there is something compiled, and the reference.
+each_backend = pytest.mark.parametrize(
+    "backend", [pytest.param(None, id="fastest", marks=pytest.mark.native), "reference"]
+)
 PATHS = [[0, 1, 2, 3], [0, 2, 5, 6], [0, 7, -1, -1], [0, -1, -1, -1], [-1, -1, -1, -1], [0, 1, 4, 7]]
 PREFIX = [0, 3, 12, 5, 7, 8]
 
@@ -80,9 +84,10 @@ def paged(batch, blocks_each, spare, generator):
     return order[: batch * blocks_each].reshape(batch, blocks_each).to(torch.int32)
 
 
+@each_backend
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 @pytest.mark.parametrize("layout", ["dense", "paged"])
-def test_moves(device, dtype, layout):
+def test_moves(device, dtype, layout, backend):
     generator = torch.Generator().manual_seed(1)
     batch, table = len(PATHS), None
     if layout == "paged":
@@ -93,74 +98,89 @@ def test_moves(device, dtype, layout):
         )
         for heads, length, dim in ((2, 20, 8), (2, 20, 8), (3, 24, 5), (1, 20, 64))
     ]
-    check(caches, i32(PATHS, device), i32(PREFIX, device), None if table is None else table.to(device))
+    check(caches, i32(PATHS, device), i32(PREFIX, device), None if table is None else table.to(device), backend=backend)
 
 
-def test_layers_may_differ_in_dtype(device):
+@each_backend
+def test_layers_may_differ_in_dtype(device, backend):
     caches = [random_cache((2, 2, 12, 6), dtype, device) for dtype in DTYPES]
-    check(caches, i32([[0, 2, 4], [0, 1, 3]], device), i32([2, 5], device))
+    check(caches, i32([[0, 2, 4], [0, 1, 3]], device), i32([2, 5], device), backend=backend)
 
 
+@each_backend
 @pytest.mark.parametrize("dim", [1, 3, 8])
-def test_strides(device, dim):
+def test_strides(device, dim, backend):
     """Slots before heads (as a projection leaves them), a view of a longer cache, a transposed last dimension."""
     made = random_cache((2, 9, 4, dim), torch.float32, device).transpose(1, 2)
     longer = random_cache((2, 4, 30, dim + 3), torch.bfloat16, device)[:, :, 4:13, 2 : dim + 2]
     turned = random_cache((2, 4, dim, 9), torch.int8, device).transpose(2, 3)
     whole = longer._base if longer._base is not None else longer
     before = whole.clone()
-    check([made, longer, turned], i32([[0, 2, 3], [0, 1, 5]], device), i32([1, 3], device))
+    check([made, longer, turned], i32([[0, 2, 3], [0, 1, 5]], device), i32([1, 3], device), backend=backend)
     whole[:, :, 4:13, 2 : dim + 2] = before[:, :, 4:13, 2 : dim + 2]
     assert torch.equal(raw(whole), raw(before)), "moved outside the view"
 
 
-def test_overlapping_moves(device):
+@each_backend
+def test_overlapping_moves(device, backend):
     """Every source is itself a target: node j+1 goes to j, and a path shifts by one along the whole tree."""
     cache = torch.arange(40.0, device=device).reshape(1, 1, 40, 1)
     nodes = i32([[0, *range(2, 30)]], device)
-    sk.compact_kv_([cache], nodes, i32([3], device))
+    sk.compact_kv_([cache], nodes, i32([3], device), backend=backend)
     assert cache.flatten().tolist() == [0, 1, 2, 3, *range(5, 33), 32, 33, 34, 35, 36, 37, 38, 39]
 
 
-def test_slots_out_of_range_are_passed_over(device):
+@each_backend
+def test_slots_out_of_range_are_passed_over(device, backend):
     nodes, prefix = i32([[0, 2, 3, 5], [0, 3, 4, 5], [0, 2, -1, 7]], device), i32([5, -2, 2**31 - 1], device)
-    check([random_cache((3, 2, 9, 4), device=device)], nodes, prefix)
+    check([random_cache((3, 2, 9, 4), device=device)], nodes, prefix, backend=backend)
     table = i32([[0, 1, 9], [3, -1, 2], [4, 5, 6]], device)
-    check([random_cache((7, 3, 2, 4), device=device)], nodes, prefix, table)
+    check([random_cache((7, 3, 2, 4), device=device)], nodes, prefix, table, backend=backend)
 
 
+@each_backend
 @pytest.mark.parametrize("shape", [(0, 2, 9, 4), (2, 0, 9, 4), (2, 2, 0, 4), (2, 2, 9, 0)])
-def test_empty(device, shape):
+def test_empty(device, shape, backend):
     batch = shape[0]
     nodes = i32([[0, 2, 3]] * batch, device).reshape(batch, 3)
-    sk.compact_kv_([random_cache(shape, device=device)], nodes, i32([0] * batch, device))
-    sk.compact_kv_([], nodes, i32([0] * batch, device))
+    sk.compact_kv_([random_cache(shape, device=device)], nodes, i32([0] * batch, device), backend=backend)
+    sk.compact_kv_([], nodes, i32([0] * batch, device), backend=backend)
     table = i32([[0]] * batch, device).reshape(batch, 1)
-    sk.compact_kv_([random_cache(shape, device=device)], nodes, i32([0] * batch, device), block_table=table)
     sk.compact_kv_(
-        [random_cache((5, 3, 1, 2))[:0].to(device)], nodes, i32([0] * batch, device), block_table=table[:, :0]
+        [random_cache(shape, device=device)], nodes, i32([0] * batch, device), block_table=table, backend=backend
+    )
+    sk.compact_kv_(
+        [random_cache((5, 3, 1, 2))[:0].to(device)],
+        nodes,
+        i32([0] * batch, device),
+        block_table=table[:, :0],
+        backend=backend,
     )
 
 
-def test_paths_of_no_nodes(device):
+@each_backend
+def test_paths_of_no_nodes(device, backend):
     cache = random_cache((2, 1, 6, 2), device=device)
-    check([cache], i32([[], []], device).reshape(2, 0), i32([1, 2], device))
+    check([cache], i32([[], []], device).reshape(2, 0), i32([1, 2], device), backend=backend)
 
 
-def test_strided_indices(device):
+@each_backend
+def test_strided_indices(device, backend):
     nodes = i32([[0, 9, 2, 9, 4, 9], [0, 9, 3, 9, -1, 9]], device)[:, ::2]
     prefix = i32([1, 9, 2, 9], device)[::2]
-    check([random_cache((2, 2, 12, 4), device=device)], nodes, prefix)
+    check([random_cache((2, 2, 12, 4), device=device)], nodes, prefix, backend=backend)
 
 
-def test_more_layers_than_one_launch_holds(device):
+@each_backend
+def test_more_layers_than_one_launch_holds(device, backend):
     caches = [random_cache((1, 1, 6, 1 + i % 11), torch.int8, device) for i in range(500)]
-    check(caches, i32([[0, 2, 4]], device), i32([1], device))
+    check(caches, i32([[0, 2, 4]], device), i32([1], device), backend=backend)
 
 
+@each_backend
 @settings(max_examples=60, deadline=None)
-@given(st.data())
-def test_random(data):
+@given(data=st.data())
+def test_random(backend, data):
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**31)))
     batch, width = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 9))
     rows = []
@@ -171,9 +191,15 @@ def test_random(data):
     heads, size = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 5))
     if data.draw(st.booleans()):
         table = paged(batch, 8, 2, generator)
-        check([random_cache((batch * 8 + 2, 4, heads, size), generator=generator)], i32(rows), prefix, table)
+        check(
+            [random_cache((batch * 8 + 2, 4, heads, size), generator=generator)],
+            i32(rows),
+            prefix,
+            table,
+            backend=backend,
+        )
     else:
-        check([random_cache((batch, heads, 32, size), generator=generator)], i32(rows), prefix)
+        check([random_cache((batch, heads, 32, size), generator=generator)], i32(rows), prefix, backend=backend)
 
 
 CACHE = torch.zeros(2, 1, 8, 4)

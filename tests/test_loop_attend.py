@@ -4,63 +4,19 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import (
-    Gemma2Config,
-    Gemma2ForCausalLM,
-    GptOssConfig,
-    GptOssForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-)
 
-from loop_support import llama, one_thread  # noqa: F401 (a fixture)
-from specdec_kernels import DraftTree, compact_kv_
-from specdec_loop import attend, autoregressive
+from attention_models import MODELS, assert_path_logits, make, path_to
+from loop_support import noisy, one_thread  # noqa: F401 (a fixture)
+from specdec_kernels import DraftTree, SamplingParams, backends, compact_kv_
+from specdec_loop import Tree, attend, autoregressive, generate
 
-SIZES = {
-    "vocab_size": 61,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 256,
-    "initializer_range": 0.3,
-    "bos_token_id": None,
-    "eos_token_id": None,
-    "pad_token_id": 0,
-}
-MIXED = {
-    "sliding_window": 7,
-    "layer_types": ["sliding_attention", "full_attention"],
-    "attn_implementation": "eager",
-}
+FACTS = {"dtype": torch.float32, "cache_dtype": torch.float32, "sizes": (8, 8)}
+UNSERVED = backends.why_not("tree_attention", "cpu", "cpu", **FACTS)
 
 
-def mistral():
-    return MistralForCausalLM(MistralConfig(sliding_window=7, **SIZES))
-
-
-def gemma():
-    config = Gemma2Config(
-        attn_logit_softcapping=3.0, final_logit_softcapping=5.0, query_pre_attn_scalar=8, **MIXED, **SIZES
-    )
-    return Gemma2ForCausalLM(config)
-
-
-def gpt_oss():
-    config = GptOssConfig(num_local_experts=2, num_experts_per_tok=1, **MIXED, **SIZES)
-    return GptOssForCausalLM(config)
-
-
-MODELS = {"llama": lambda: llama(2, vocab=61), "mistral": mistral, "gemma2": gemma, "gpt_oss": gpt_oss}
-
-
-@pytest.fixture(params=MODELS)
+@pytest.fixture(scope="module", params=MODELS)
 def model(request):
-    torch.manual_seed(5)
-    return MODELS[request.param]().eval()
+    return make(request.param)
 
 
 @torch.no_grad()
@@ -76,32 +32,17 @@ def test_tree_logits_equal_path_logits(model):
         positions, step = attend.tree_step(tree, prefix_lens)
         logits = attend.forward(model, cache, tree.tokens, positions, step).logits[0]
         # After committing the path root-5-6-7-8 of request 0 the next token sees it alone.
-        index = {(int(p), int(t)): i for i, (p, t) in enumerate(zip(tree.parents[:9], tree.tokens[:9], strict=True))}
-        path = [0]
-        for token in (5, 6, 7, 8):
-            path.append(index[path[-1], token])
+        _, path, tokens = path_to(tree, 8)
+        assert tokens == [5, 6, 7, 8]
         nodes = torch.full((3, 5), -1, dtype=torch.int32)
         nodes[0], nodes[1:, 0] = torch.tensor(path), 0
         compact_kv_(cache.buffers(3), nodes, prefix_lens)
         after = DraftTree.chain(torch.tensor([[13], [14], [15]]))
         positions, step = attend.tree_step(after, prefix_lens + torch.tensor([5, 1, 1], dtype=torch.int32))
         next_logits = attend.forward(model, cache, after.tokens, positions, step).logits[0]
-
-    def path_logits(tokens):
-        return model(torch.tensor([tokens]), use_cache=False).logits[0, -1]
-
-    tolerance = 1e-5 * float(logits.abs().max().clamp(min=1))
-    starts = tree.cu_nodes.tolist()
-    for b, prompt in enumerate(prompts):
-        for node in range(starts[b], starts[b + 1]):
-            tokens, place = [], node
-            while place > starts[b]:
-                tokens.append(int(tree.tokens[place]))
-                place = starts[b] + int(tree.parents[place])
-            expected = path_logits(prompt.tolist() + tokens[::-1])
-            torch.testing.assert_close(logits[node], expected, atol=tolerance, rtol=0)
-    expected = path_logits([*prompts[0].tolist(), 5, 6, 7, 8, 13])
-    torch.testing.assert_close(next_logits[0], expected, atol=tolerance, rtol=0)
+    assert_path_logits(model, prompts, tree, logits)
+    longer = [torch.cat([p, torch.tensor(t)]) for p, t in zip(prompts, ([5, 6, 7, 8, 13], [14], [15]), strict=True)]
+    assert_path_logits(model, longer, after, next_logits)
 
 
 def test_prefill_with_windows_caps_and_sinks(model):
@@ -131,6 +72,33 @@ def test_only_some_nodes_run(model):
     torch.testing.assert_close(results[0], results[1], atol=1e-5, rtol=1e-5)
 
 
-def test_a_forward_without_a_step_says_so(model):
-    with attend.attending(model), pytest.raises(ValueError, match="step: expected a Step, got None"):
-        model(torch.tensor([[1, 2, 3]]))
+def test_one_layout_serves_all_layers(model, monkeypatch):
+    """Where the nodes of a step stand is computed once; no layer asks again."""
+    calls = []
+    real = attend.tree_attention
+    monkeypatch.setattr(attend, "tree_attention", lambda *args, **kw: calls.append(kw["layout"]) or real(*args, **kw))
+    monkeypatch.setattr("specdec_kernels.attention.tree_layout", None)
+    with torch.no_grad(), attend.attending(model):
+        cache = attend.SlotCache(100, torch.full((1,), 99))
+        attend.prefill(model, cache, [torch.arange(90) % 60])
+        calls.clear()
+        tree = DraftTree.chain(torch.tensor([[5, 6, 7]]))
+        positions, step = attend.tree_step(tree, torch.tensor([89], dtype=torch.int32))
+        attend.forward(model, cache, tree.tokens, positions, step)
+    assert len(calls) == 2 and all(layout is step.layout for layout in calls)
+
+
+@pytest.mark.skipif(UNSERVED is not None, reason=f"cpu: {UNSERVED}")
+@pytest.mark.parametrize("tree", [None, Tree(nodes=8, depth=3, width=3)], ids=["chain", "tree"])
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_the_loop_runs_on_the_cpu_backend_alone(model, monkeypatch, tree, temperature):
+    """With a backend forced, an op that it does not serve raises; the reference decodes the same tokens."""
+    drafter = noisy(model, 0.03)
+    prompts = [torch.arange(1, 80) % 60, torch.tensor([3, 4])]
+    options = {"tree": tree, "params": SamplingParams(temperature=temperature), "seeds": 7, "max_new_tokens": 12}
+    results = []
+    for backend in ("cpu", "reference"):
+        monkeypatch.setattr("specdec_kernels.backends.FORCED", backend)
+        results.append(generate(model, drafter, prompts, **options))
+    assert results[0].tokens == results[1].tokens
+    assert results[0].statistics.block_efficiency > 1

@@ -1,11 +1,17 @@
-"""Speculation inside `model.generate(ids, custom_generate=specdec_loop.hf.custom_generate, drafter=...)`."""
+"""Speculation with what transformers has: inside `model.generate`, and draft trees on its own caches.
+
+`model.generate(ids, custom_generate=specdec_loop.hf.custom_generate, drafter=...)` runs the loop. For loops of your own
+`tree_logits` and `commit_path` run trees and commit paths on a DynamicCache or a StaticCache that any forward filled.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
+from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
 from transformers.generation import (
     EosTokenCriteria,
     GenerateDecoderOnlyOutput,
@@ -18,8 +24,10 @@ from transformers.generation import (
     TopPLogitsWarper,
 )
 
-from specdec_kernels import SamplingParams
+from specdec_kernels import DraftTree, SamplingParams, TreeLayout, compact_kv_
+from specdec_kernels.trees import tree_layout
 
+from . import attend
 from .drafters import Drafter, Tree
 from .generate import generate
 from .statistics import Statistics
@@ -133,3 +141,95 @@ def sampling_params(processors: Sequence, do_sample: bool) -> SamplingParams:
     if not do_sample:
         return SamplingParams(temperature=0.0)
     return SamplingParams(**found)
+
+
+def static_cache(model: PreTrainedModel, length: int) -> Cache:
+    """A static cache of `length` slots that draft trees can use: its sliding layers, too, keep every slot."""
+    return Cache(layers=[StaticLayer(length) for _ in range(model.config.get_text_config().num_hidden_layers)])
+
+
+def tree_logits(
+    model: PreTrainedModel,
+    cache: Cache,
+    tree: DraftTree,
+    prefix_lens: Tensor,
+    *,
+    layout: TreeLayout | None = None,
+    **kwargs,
+) -> Tensor:
+    """Run draft trees on a cache of transformers: one forward of [B, max_nodes] tokens, written behind the cache's end.
+
+    The model has to run with this attention (`model.set_attn_implementation("specdec")` or `attend.attending(model)`).
+
+    Args:
+        model: a causal LM.
+        cache: `DynamicCache()`, which keeps all slots, `static_cache(...)`, or a StaticCache of a model without sliding
+            layers. It ends where the longest prefix does; between a shorter prefix and that end nothing is seen.
+        tree: the trees; max_nodes is the exact size of the largest.
+        prefix_lens: [B] int32, slots of each request that are committed, its prompt without the root.
+        layout: of a graph instead of the tree's own, made with these prefix_lens.
+        kwargs: further arguments of the forward.
+
+    Returns:
+        [N, V] logits of the packed nodes. The trees' keys stand behind their prefixes: see `commit_path`.
+
+    Raises:
+        ValueError: a cache with layers that do not keep every slot.
+    """
+    for layer in cache.layers:
+        if type(layer) not in (DynamicLayer, StaticLayer):
+            raise ValueError(
+                f"cache: expected layers that keep every slot (DynamicCache() without a config, or static_cache), got "
+                f"{type(layer).__name__}"
+            )
+    batch, width, count = prefix_lens.shape[0], tree.max_nodes, tree.tokens.shape[0]
+    layout = tree_layout(tree, prefix_lens) if layout is None else layout
+    tokens, positions, packed = tree.tokens.clamp(min=0).long(), layout.positions.long(), None
+    if count != batch * width:
+        starts = torch.arange(batch, device=tokens.device) * width - tree.cu_nodes[:-1]
+        packed = torch.arange(count, device=tokens.device) + starts.repeat_interleave(
+            tree.cu_nodes.diff(), output_size=count
+        )
+        tokens, positions = (x.new_zeros(batch * width).index_copy_(0, packed, x) for x in (tokens, positions))
+    moves = None
+    if batch > 1:
+        # As paths that begin one slot before the prefix ends: there the root's neighbour in front stands, as node 0.
+        gaps = (cache.get_seq_length() - prefix_lens)[:, None]
+        steps = torch.arange(1, width + 1, dtype=torch.int32, device=tokens.device)
+        moves = torch.cat([torch.zeros_like(gaps), gaps + steps], 1)
+    step = attend.Step(None, None, tree, prefix_lens, None, layout, packed, moves)
+    logits = model(
+        input_ids=tokens.view(batch, width),
+        position_ids=positions.view(batch, width),
+        past_key_values=cache,
+        use_cache=True,
+        attention_mask=attend.no_mask(tokens.device),
+        step=step,
+        **kwargs,
+    ).logits.flatten(0, 1)
+    return logits if packed is None else logits[packed]
+
+
+def commit_path(cache: Cache, nodes: Tensor, prefix_lens: Tensor, *, backend: str | None = None) -> Tensor:
+    """Keep each request's accepted path in a cache that `tree_logits` has written, and cut off the rest, in place.
+
+    Args:
+        cache: the cache.
+        nodes: [B, P] int32, `Verified.nodes`.
+        prefix_lens: [B] int32, those of `tree_logits`.
+        backend: force a backend of `compact_kv_`.
+
+    Returns:
+        [B] int32, committed slots of each request. The cache ends at the largest, which a DynamicCache has to be told
+        as a number: on a GPU that waits for it.
+    """
+    layers = [layer for layer in cache.layers if layer.is_initialized]
+    compact_kv_([x for layer in layers for x in (layer.keys, layer.values)], nodes, prefix_lens, backend=backend)
+    after = prefix_lens + (nodes >= 0).sum(1, dtype=torch.int32)
+    if layers and isinstance(layers[0], StaticLayer):
+        end = after.max()
+        for layer in layers:
+            layer.cumulative_length.copy_(end)
+    elif layers:
+        cache.crop(int(after.max()) - cache.get_seq_length())
+    return after
