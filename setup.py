@@ -39,7 +39,7 @@ PYTHON_TARGET = "0x030a0000"
 
 _AVX2 = ["-mavx2", "-mfma", "-mf16c", "-mbmi", "-mbmi2"]
 _AVX512 = [*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
-X86_TIERS = {"avx2": _AVX2, "avx512": _AVX512, "avx512bf16": [*_AVX512, "-mavx512bf16"]}
+X86_TIERS = {"avx2": _AVX2, "avx512": _AVX512, "avx512bf16": [*_AVX512, "-mavx512bf16", "-mavx512vnni"]}
 # The torch edge and the dispatcher; every other file of csrc/cpu is a kernel file and is compiled per tier.
 EDGE = re.compile(r"(ops_\w+|module|dispatch)\.cpp")
 # No contraction: an acceptance test must round alike in every tier and backend.

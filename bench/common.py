@@ -7,6 +7,7 @@ them; each keeps its best round. Ratios and shares of a limit go to `extra_info`
 from __future__ import annotations
 
 import os
+import statistics
 import time
 from collections.abc import Callable
 
@@ -47,8 +48,9 @@ def compare(
 ) -> None:
     """Measure `candidate` against `baselines`, and against the bandwidth of this machine.
 
-    Stores `speedup_<baseline>` (its time / the candidate's) and `fraction_<limit>` (bytes_read per second of the
-    candidate / bytes per second of the limit) in the benchmark's extra_info, and prints them.
+    Stores `speedup_<baseline>` (its time / the candidate's, best rounds), `median_speedup_<baseline>` (medians) and
+    `fraction_<limit>` (bytes_read per second of the candidate / bytes per second of the limit) in the benchmark's
+    extra_info, and prints them.
 
     Args:
         benchmark: pytest-benchmark's fixture.
@@ -66,18 +68,20 @@ def compare(
         limits["copy"] = ([copy[0]], copy[1])
     others = {f"baseline {name}": f for name, f in baselines.items()}
     others |= {f"{name} {i}": f for name, (ways, _) in limits.items() for i, f in enumerate(ways)}
-    best = dict.fromkeys(others, float("inf"))
+    seen: dict[str, list[float]] = {name: [] for name in others}
 
     def before_each_round():
         for name, function in others.items():
-            best[name] = min(best[name], timed(function))
+            seen[name].append(timed(function))
 
     benchmark.pedantic(candidate, setup=before_each_round, rounds=rounds, warmup_rounds=1)
     if benchmark.stats is None:  # --benchmark-disable: the candidate ran once, for its errors
         return
-    seconds = benchmark.stats.stats.min
+    seconds, best = benchmark.stats.stats.min, {name: min(times) for name, times in seen.items()}
     for name in baselines:
         benchmark.extra_info[f"speedup_{name}"] = best[f"baseline {name}"] / seconds
+        middle = statistics.median(seen[f"baseline {name}"])
+        benchmark.extra_info[f"median_speedup_{name}"] = middle / benchmark.stats.stats.median
     for name, (ways, moved) in limits.items():
         bandwidth = moved / min(best[f"{name} {i}"] for i in range(len(ways)))
         benchmark.extra_info[f"{name}_gb_per_s"] = bandwidth / 1e9

@@ -66,7 +66,8 @@ def steps(out: Path) -> dict[str, list[str] | None]:
     for tool in ("memcheck", "racecheck"):
         tests = [python, "-m", "pytest", "-x", "-m", "gpu and not full", *SANITIZED]
         found[tool] = sanitizer and [sanitizer, "--tool", tool, "--error-exitcode", "86", *tests]
-    bench = [python, "-m", "pytest", "-s", "-m", "gpu", "bench/bench_gpu.py", f"--benchmark-json={results}"]
+    files = ("bench/bench_gpu.py", "bench/bench_gpu_head.py", "bench/bench_gpu_attention.py")
+    bench = [python, "-m", "pytest", "-s", "-m", "gpu", *files, f"--benchmark-json={results}"]
     return {**found, "bench": bench, "report": [python, "bench/report.py", results, "--out", str(out)]}
 
 

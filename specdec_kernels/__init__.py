@@ -13,7 +13,11 @@ from .backends import BackendError
 from .head import head_part, head_sample, head_topk
 from .kv import compact_kv_
 from .kv_scores import caote_scores, keydiff_scores
+from .low_rank import low_rank_factors, low_rank_head
 from .optimum import optimal_acceptance
+from .quantize import quantize_head
+from .sharded import merge_head_parts, sharded_head_sample, sharded_head_topk
+from .shortlist import RowClusters, Shortlist, cluster_rows, compact_logits, route, scatter_logits
 from .types import (
     DraftTree,
     HeadPart,
@@ -21,6 +25,7 @@ from .types import (
     HeadTopK,
     Lossy,
     Philox,
+    QuantizedHead,
     SamplingParams,
     SharedPrefix,
     TreeLayout,
@@ -38,18 +43,31 @@ __all__ = [
     "HeadTopK",
     "Lossy",
     "Philox",
+    "QuantizedHead",
+    "RowClusters",
     "SamplingParams",
     "SharedPrefix",
+    "Shortlist",
     "TreeLayout",
     "Verified",
     "backends",
     "caote_scores",
+    "cluster_rows",
     "compact_kv_",
+    "compact_logits",
     "head_part",
     "head_sample",
     "head_topk",
     "keydiff_scores",
+    "low_rank_factors",
+    "low_rank_head",
+    "merge_head_parts",
     "optimal_acceptance",
+    "quantize_head",
+    "route",
+    "scatter_logits",
+    "sharded_head_sample",
+    "sharded_head_topk",
     "tree_attention",
     "trees",
     "verify_chain",

@@ -32,8 +32,27 @@ def _fake(query, key_cache, value_cache, *rest):
     )
 
 
-library.declare("tree_attention", _SCHEMA, reference=reference.tree_attention, fake=_fake)
+def _cpu_limit(dtype, cache_dtype, **facts) -> str | None:
+    return "does not serve float64" if torch.float64 in (dtype, cache_dtype) else None
+
+
+def _triton_limit(dtype, cache_dtype, sizes, **facts) -> str | None:
+    if max(sizes) > 512:
+        return f"serves head sizes up to 512, got {max(sizes)}"
+    return "does not serve float64" if torch.float64 in (dtype, cache_dtype) else None
+
+
+def _triton(*args):
+    """The kernels import triton, so they are looked up when they are first called."""
+    from .triton.attention import tree_attention
+
+    return tree_attention(*args)
+
+
+library.declare("tree_attention", _SCHEMA, reference=reference.tree_attention, fake=_fake, triton=_triton)
 backends.serves("tree_attention", "reference")
+backends.serves("tree_attention", "cpu", _cpu_limit)
+backends.serves("tree_attention", "triton", _triton_limit)
 
 
 def tree_attention(

@@ -13,10 +13,17 @@ from . import library
 from .checks import check_choice
 
 NAMES = ("reference", "cpu", "triton", "cuda")
-# Tried in this order where nobody forces a backend; a CUDA tensor's order is a measured choice per op (see PREFERENCE).
+# Tried in this order where nobody forces a backend and PREFERENCE says nothing else.
 _ORDER = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
-# Ops for which the order of cuda and triton was measured the other way round.
-PREFERENCE: dict[tuple[str, str], tuple[str, ...]] = {}
+# Of an op on a device type, lines (most, order): the first line counts whose `most` is not below the fact `together` of
+# the call, the hidden vectors that look at a row of the head's weight. For bench/bench_gpu_head.py to set; NOT MEASURED
+# yet: the CUDA kernels were written for few vectors, the Triton kernels for many.
+_FEW_VECTORS = ((8, ("cuda", "triton", "reference")), (None, ("triton", "cuda", "reference")))
+PREFERENCE: dict[tuple[str, str], tuple[tuple[int | None, tuple[str, ...]], ...]] = {
+    ("head_topk", "cuda"): _FEW_VECTORS,
+    ("head_sample", "cuda"): _FEW_VECTORS,
+    ("head_part", "cuda"): _FEW_VECTORS,
+}
 
 # Read once: an environment that changes under a running program would make traced graphs lie.
 FORCED = os.environ.get("SPECDEC_BACKEND") or None
@@ -87,6 +94,13 @@ def why_not(op: str, backend: str, device: str, **facts) -> str | None:
     return _LIMITS[op, backend](**facts)
 
 
+def _order(op: str, device: str, together: int) -> tuple[str, ...]:
+    for most, order in PREFERENCE.get((op, device), ()):
+        if most is None or together <= most:
+            return order
+    return _ORDER.get(device, ("reference",))
+
+
 def select(op: str, device: str, forced: str | None, **facts) -> str:
     """The backend that serves a call: the forced one, or the first of the device's order that can.
 
@@ -94,7 +108,7 @@ def select(op: str, device: str, forced: str | None, **facts) -> str:
         op: name of the op, e.g. `verify_chain`.
         device: device type of its tensors.
         forced: the caller's `backend=`; None falls back to SPECDEC_BACKEND, then to the order.
-        facts: what the op's limits look at (method, dtypes, filters in use).
+        facts: what the op's limits and PREFERENCE look at (method, dtypes, filters in use, sizes).
 
     Raises:
         ValueError: a backend of no such name.
@@ -107,7 +121,7 @@ def select(op: str, device: str, forced: str | None, **facts) -> str:
         if reason is not None:
             raise BackendError(f"backend={forced!r} cannot serve {op}: {reason}")
         return forced
-    for backend in PREFERENCE.get((op, device), _ORDER.get(device, ("reference",))):
+    for backend in _order(op, device, facts.get("together", 1)):
         if why_not(op, backend, device, **facts) is None:
             return backend
     return "reference"

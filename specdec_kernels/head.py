@@ -9,8 +9,9 @@ from torch import Tensor
 
 from . import backends, library
 from .checks import DEBUG, FLOATS, INT32, INT64, REFERENCE_FLOATS, check_int, check_tensor, check_values
+from .quantize import check_quantized
 from .reference import head as reference
-from .types import HeadPart, HeadSample, HeadTopK, Philox
+from .types import HeadPart, HeadSample, HeadTopK, Philox, QuantizedHead
 
 MAX_K = 64
 
@@ -47,14 +48,30 @@ def _part_fake(hidden, weight, k, seed, offset, row, rows, *rest):
     return logits.double(), logits, tokens, hidden.new_empty((hidden.shape[0], 3), dtype=torch.float64)
 
 
+def _triton(name: str):
+    """The Triton kernels import triton, so they are looked up when they are first called."""
+
+    def call(*args):
+        from .triton import head
+
+        return getattr(head, name)(*args)
+
+    return call
+
+
 library.declare(
-    "head_topk", "(Tensor hidden, Tensor weight, int k, " + _REST, reference=reference.head_topk, fake=_topk_fake
+    "head_topk",
+    "(Tensor hidden, Tensor weight, int k, " + _REST,
+    reference=reference.head_topk,
+    fake=_topk_fake,
+    triton=_triton("head_topk"),
 )
 library.declare(
     "head_sample",
     "(Tensor hidden, Tensor weight, int k, Tensor seed, Tensor offset, Tensor? row, " + _REST,
     reference=reference.head_sample,
     fake=_sample_fake,
+    triton=_triton("head_sample"),
 )
 # One rank's share of a sharded head: candidates with their keys, and sums that merge (see reference.head_part).
 library.declare(
@@ -64,26 +81,57 @@ library.declare(
     + ") -> (Tensor keys, Tensor logits, Tensor tokens, Tensor sums)",
     reference=reference.head_part,
     fake=_part_fake,
+    triton=_triton("head_part"),
 )
 
 
-def _cpu_limit(*, dtype) -> str | None:
+def _facts(hidden: Tensor, rows: Tensor | None, row_groups: Tensor | None) -> dict:
+    """What backends look at; `together` is how many hidden vectors look at a row, on average."""
+    batch, dim = hidden.shape
+    together = batch
+    if row_groups is not None:
+        together = -(-batch // max(rows.shape[0], 1))
+    elif rows is not None and rows.ndim == 2:
+        together = 1
+    return {"dtype": hidden.dtype, "dim": dim, "together": together}
+
+
+def _cpu_limit(*, dtype, **_) -> str | None:
     return None if dtype in FLOATS else f"hidden is {dtype}"
+
+
+def _cuda_limit(*, dtype, dim, **_) -> str | None:
+    if dtype not in FLOATS:
+        return f"hidden is {dtype}"
+    most = 32768 // dtype.itemsize  # a hidden vector lies in shared memory, of which the smallest devices have 99 KB
+    return None if dim <= most else f"hidden has {dim} columns, more than {most} of {dtype}"
 
 
 backends.serves("head_topk", "cpu", _cpu_limit)
 backends.serves("head_sample", "cpu", _cpu_limit)
+backends.serves("head_part", "cpu", _cpu_limit)
+for _op in ("head_topk", "head_sample", "head_part"):
+    backends.serves(_op, "triton", _cpu_limit)
+    backends.serves(_op, "cuda", _cuda_limit)
 
 
 def arguments(hidden, weight, k, rows, row_groups, token_ids, bias, scale, temperature, *, greedy: bool):
-    """Check what the ops share; returns the sizes and what the ops' schemas call rows .. temperatures.
+    """Check what the ops share; returns the sizes, the weight and what the ops' schemas call rows .. temperatures.
 
     `greedy`: temperature 0 is allowed.
     """
     sizes: dict[str, int] = {}
     check_tensor("hidden", hidden, sizes, "B D", REFERENCE_FLOATS)
     device = hidden.device
-    check_tensor("weight", weight, sizes, "V D", (hidden.dtype,), device)
+    if isinstance(weight, QuantizedHead):
+        if scale is not None:
+            raise ValueError("scale: expected None beside a QuantizedHead, which has its own, got a tensor")
+        check_quantized(weight, sizes, device)
+        weight, scale, _ = weight
+    else:
+        check_tensor("weight", weight, sizes, "V D", (hidden.dtype,), device)
+        if scale is not None:
+            check_tensor("scale", scale, sizes, "V", (torch.float32,), device)
     check_int("k", k, 1, MAX_K)
     if rows is not None and token_ids is not None:
         raise ValueError(
@@ -101,9 +149,7 @@ def arguments(hidden, weight, k, rows, row_groups, token_ids, bias, scale, tempe
     if token_ids is not None:
         check_tensor("token_ids", token_ids, sizes, "V", INT32, device)
     if bias is not None:
-        check_tensor("bias", bias, sizes, "V", tuple({torch.float32, weight.dtype}), device)
-    if scale is not None:
-        check_tensor("scale", scale, sizes, "V", (torch.float32,), device)
+        check_tensor("bias", bias, sizes, "V", tuple({torch.float32, hidden.dtype}), device)
     temperatures = None
     if isinstance(temperature, Tensor):
         check_tensor("temperature", temperature, sizes, "B", (torch.float32,), device)
@@ -124,7 +170,7 @@ def arguments(hidden, weight, k, rows, row_groups, token_ids, bias, scale, tempe
             positive = temperatures >= 0 if greedy else temperatures > 0
             fine = positive & temperatures.isfinite()
             check_values("temperature", fine, temperatures, f"finite numbers {'>=' if greedy else '>'} 0")
-    return sizes, (rows, row_groups, token_ids, bias, scale, float(temperature), temperatures)
+    return sizes, weight, (rows, row_groups, token_ids, bias, scale, float(temperature), temperatures)
 
 
 def check_rng(rng, sizes: dict[str, int], device) -> None:
@@ -159,18 +205,19 @@ def head_topk(
 
     Args:
         hidden: [B, D] fp32, bf16 or fp16 (fp64 on the reference).
-        weight: [V, D] of hidden's dtype.
+        weight: [V, D] of hidden's dtype, or a QuantizedHead (see `quantize_head`), of which logits are within
+            1e-3 |hidden| |row| of those of the dequantised weight.
         k: how many tokens to keep, 1..64.
         rows: [R] or [B, R] int32, rows of the weight to look at, for all requests or for each its own; with
             `row_groups` [G, R], for each group its own. A row's index is its target id; -1 pads. Default: all of them.
         row_groups: [B] int32, the line of `rows` that each hidden vector looks at. Neighbours of one group, such as
             the nodes of one tree, read the weight once.
         token_ids: [V] int32, target id of each row of a weight that is already trimmed.
-        bias: [V] fp32 or weight's dtype, by row of the weight; -inf bans a token.
-        scale: [V] fp32, multiplies the dot product of each row (dequantisation).
+        bias: [V] fp32 or hidden's dtype, by row of the weight; -inf bans a token.
+        scale: [V] fp32, multiplies the dot product of each row; None beside a QuantizedHead.
         temperature: > 0, a number or [B] fp32; divides the logits in `lse` and `entropy` and never changes the order.
         return_logits: also return all logits, [B, R].
-        backend: force `reference` or `cpu`.
+        backend: force `reference`, `cpu`, `triton` or `cuda`.
 
     Returns:
         HeadTopK. Equal logits come in ascending id order; places that no token of a logit above -inf fills hold token
@@ -184,10 +231,10 @@ def head_topk(
             not have, and a temperature of 0 counts as 1.
         BackendError: `backend` cannot serve the call.
     """
-    _, rest = arguments(
+    _, weight, rest = arguments(
         hidden, weight, k, rows, row_groups, token_ids, bias, scale, temperature, greedy=False
     )  # fmt: skip
-    chosen = backends.select("head_topk", hidden.device.type, backend, dtype=hidden.dtype)
+    chosen = backends.select("head_topk", hidden.device.type, backend, **_facts(hidden, rows, row_groups))
     op = library.overload("head_topk", chosen)
     logits, tokens, lse, entropy, all_logits = op(hidden, weight, k, *rest, return_logits)
     return HeadTopK(logits, tokens, lse, entropy, all_logits if return_logits else None)
@@ -229,11 +276,11 @@ def head_sample(
     Raises:
         TypeError, ValueError, BackendError: as for `head_topk`.
     """
-    sizes, rest = arguments(
+    sizes, weight, rest = arguments(
         hidden, weight, k, rows, row_groups, token_ids, bias, scale, temperature, greedy=True
     )  # fmt: skip
     check_rng(rng, sizes, hidden.device)
-    chosen = backends.select("head_sample", hidden.device.type, backend, dtype=hidden.dtype)
+    chosen = backends.select("head_sample", hidden.device.type, backend, **_facts(hidden, rows, row_groups))
     op = library.overload("head_sample", chosen)
     logits, tokens, lse, entropy, all_logits = op(hidden, weight, k, *rng, *rest, return_logits)
     return HeadSample(logits, tokens, lse, entropy, all_logits if return_logits else None)
@@ -270,10 +317,10 @@ def head_part(
     Raises:
         TypeError, ValueError, BackendError: as for `head_topk`.
     """
-    sizes, rest = arguments(
+    sizes, weight, rest = arguments(
         hidden, weight, k, rows, row_groups, token_ids, bias, scale, temperature, greedy=rng is not None
     )  # fmt: skip
     if rng is not None:
         check_rng(rng, sizes, hidden.device)
-    chosen = backends.select("head_part", hidden.device.type, backend, dtype=hidden.dtype)
+    chosen = backends.select("head_part", hidden.device.type, backend, **_facts(hidden, rows, row_groups))
     return HeadPart(*library.overload("head_part", chosen)(hidden, weight, k, *(rng or (None,) * 3), *rest))

@@ -13,6 +13,7 @@ from . import backends, library
 from .checks import INT32, check_tensor
 from .reference import trees as reference
 from .tree_checks import check_tree, check_tree_values
+from .tree_graphs import MaskChains, TreeGraph, draft_blocks, graph_layout, mask_chains, pack_mask
 from .tree_growth import (
     Beam,
     Candidates,
@@ -29,14 +30,20 @@ __all__ = [
     "Beam",
     "Candidates",
     "Level",
+    "MaskChains",
+    "TreeGraph",
     "TreeShape",
     "beam_expand",
     "branching_tree",
+    "draft_blocks",
     "eagle2_expand",
     "eagle2_select",
+    "graph_layout",
     "gumbel_top_k",
     "iid_children",
+    "mask_chains",
     "merge_trees",
+    "pack_mask",
     "sequoia_tree",
     "static_tree",
     "tree_layout",
@@ -57,8 +64,15 @@ def _layout_fake(parents: Tensor, cu_nodes: Tensor, max_nodes: int, prefix_lens:
     )
 
 
-library.declare("tree_layout", _LAYOUT, reference=reference.tree_layout, fake=_layout_fake)
-for _backend in ("cpu", "cuda"):
+def _layout_triton(*args):
+    """The kernel imports triton, so it is looked up when it is first called."""
+    from .triton.trees import tree_layout
+
+    return tree_layout(*args)
+
+
+library.declare("tree_layout", _LAYOUT, reference=reference.tree_layout, fake=_layout_fake, triton=_layout_triton)
+for _backend in ("cpu", "triton", "cuda"):
     backends.serves("tree_layout", _backend)
 
 

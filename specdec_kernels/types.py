@@ -191,6 +191,26 @@ class Verified(NamedTuple):
     logprobs: Tensor | None = None  # [B, max_depth+1] fp32 under the processed target distribution, on request
 
 
+class QuantizedHead(NamedTuple):
+    """A quantised weight of a head, w = q * scale: what `quantize_head` makes and the head ops take as `weight`.
+
+    Both tensors are plain and contiguous, so they can be saved, moved and sliced by rows like a weight.
+    """
+
+    # [V, D] int8 or float8_e4m3fn; or int4 as [V, 64 * G] uint8, G = ceil(D / 128) groups of 128 columns: byte j of a
+    # group holds column j in its low four bits and column j + 64 in the high ones, each as q + 8 with q in -8..7.
+    values: Tensor
+    scales: Tensor  # [V] fp32, of each row; int4: [V, G] fp32, of each group
+    dim: int  # D
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """[V, D], the weight that this one stands for: products in fp32 (fp64 for fp64), then rounded to `dtype`."""
+        from .reference.quantize import dequantize
+
+        exact = torch.float64 if dtype == torch.float64 else torch.float32
+        return dequantize(self.values, self.scales, self.dim, dtype=exact).to(dtype)
+
+
 class HeadTopK(NamedTuple):
     """The largest logits of a drafter head and what is needed to turn them into probabilities."""
 

@@ -52,6 +52,7 @@ SIGNATURES = {
         {"method": REQUIRED, **SHARED},
     ),
     sk.head_topk: ({"hidden": REQUIRED, "weight": REQUIRED, "k": 1}, HEAD),
+    sk.quantize_head: ({"weight": REQUIRED, "dtype": "int8"}, {}),
     sk.head_sample: ({"hidden": REQUIRED, "weight": REQUIRED, "k": 1}, {"rng": REQUIRED, **HEAD}),
     sk.head_part: (
         {"hidden": REQUIRED, "weight": REQUIRED, "k": 1},
@@ -87,6 +88,7 @@ FIELDS = {
     sk.HeadTopK: ("logits", "tokens", "lse", "entropy", "all_logits"),
     sk.HeadPart: ("keys", "logits", "tokens", "sums"),
     sk.HeadSample: ("logits", "tokens", "lse", "entropy", "all_logits"),
+    sk.QuantizedHead: ("values", "scales", "dim"),
     sk.TreeLayout: ("depths", "ancestor_bits", "positions"),
     sk.SharedPrefix: ("groups", "lens"),
 }

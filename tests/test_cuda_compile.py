@@ -16,7 +16,10 @@ from test_kv import DTYPES, PATHS, PREFIX, i32, move_slot_by_slot, paged, random
 ROOT = Path(__file__).resolve().parents[1]
 CSRC = ROOT / "csrc"
 ARCHITECTURES = ("80", "90", "100")
-SOURCES = sorted((CSRC / "cuda").glob("*.cu"))
+SOURCES = [
+    pytest.param(path, marks=[pytest.mark.full] if path.name == "head_quantised.cu" else [])  # six large kernels
+    for path in sorted((CSRC / "cuda").glob("*.cu"))
+]
 
 
 def tool(name: str) -> str | None:

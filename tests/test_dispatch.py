@@ -58,7 +58,7 @@ print(sk.backends.MISSING["cpu"])
 weight = torch.eye(4)
 print(sk.head_topk(weight, weight).tokens.tolist())
 for call in (lambda: sk.head_topk(weight, weight, backend="cpu"),
-             lambda: torch.ops.specdec_kernels.head_topk(weight, weight, 1, None, None, None, None, 1.0, None, False)):
+             lambda: torch.ops.specdec_kernels.head_topk(weight, weight, 1, *[None] * 5, 1.0, None, False)):
     try:
         call()
     except RuntimeError as error:

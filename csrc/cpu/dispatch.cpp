@@ -29,7 +29,9 @@ bool runs(const char* tier) {
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   if (std::strcmp(tier, "avx2") == 0) return avx2;
   if (std::strcmp(tier, "avx512") == 0) return avx512;
-  if (std::strcmp(tier, "avx512bf16") == 0) return avx512 && __builtin_cpu_supports("avx512bf16");
+  // Every CPU that has the first has the second.
+  if (std::strcmp(tier, "avx512bf16") == 0)
+    return avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
 #endif
   return std::strcmp(tier, "scalar") == 0;
 }

@@ -7,13 +7,16 @@
 
 namespace specdec {
 
-constexpr int64_t kHeadBlock = 256;  // rows whose statistics are one partial result
+constexpr int64_t kHeadBlock = 240;  // rows whose statistics are one partial result; whole tiles of 4, 6 and 8 rows
+constexpr int64_t kHeadRun = 64;     // hidden vectors that meet a block of rows while it is in the cache
 constexpr int kHeadMostK = 64;
 
-// Of one request and one block of rows: the largest logit, and sums of e^d and d e^d over d = (logit - max) /
-// temperature. A block of nothing but -inf has sum 0; one with NaN or +inf has sum NaN.
+// Over t = logit * log2(e) / temperature: an integer anchor, the largest t rounded down, and sums of 2^(t - anchor) and
+// of 2^(t - anchor) * (t - anchor). A term does not depend on the block it is in, and moving to another anchor is
+// exact, so sums of any blocks of any shards agree up to the rounding of fp64. Nothing finite: anchor -inf, sums 0. A
+// NaN or +inf among the logits: all NaN.
 struct HeadSums {
-  float max, sum, weighted;
+  double anchor, sum, weighted;
 };
 
 // A list is kept in descending order of (key, -id). Where nothing is drawn the key is the logit.
@@ -23,20 +26,33 @@ struct HeadCandidate {
   int32_t id;
 };
 
+// Neighbours in the batch that look at the same rows, at most kHeadRun.
+struct HeadRun {
+  int64_t first, size;
+  int64_t line;  // of rows; negative: one that does not exist, and every logit is -inf
+};
+
+// How a weight is kept: in hidden's dtype; as int8 or fp8 e4m3 with a scale per row; as int4, columns in groups of
+// kHeadColumns that share a scale: byte j of a group holds column j in its low four bits, j + 64 in the others, plus 8.
+enum class HeadWeight : int32_t { kPlain, kInt8, kFp8, kInt4 };
+constexpr int64_t kHeadColumns = 128;
+
 struct HeadArgs {
-  DType dtype;         // of hidden and weight
+  DType dtype;         // of hidden, and of a plain weight
   int64_t batch, dim;  // B, D
   const void* hidden;  // [B, D], any strides
   int64_t hidden_strides[2];
-  const void* weight;  // [height, D], rows contiguous
+  HeadWeight kind;
+  const void* weight;  // [height, D] (int4: bytes of whole groups), rows contiguous
   int64_t height, weight_stride;
   int64_t count;             // R, rows to look at
-  const int32_t* rows;       // [R] or [B, R]; null: all rows in order
-  int64_t rows_stride;       // 0 where requests share rows
+  const int32_t* rows;       // [lines, R]; null: all rows in order
+  bool shared_rows;          // one line for all requests
   const int32_t* token_ids;  // [height] or null
   const void* bias;          // [height] or null
   DType bias_dtype;
-  const float* scale;  // [height] or null
+  const float* scale;        // [height] or null
+  const float* group_scale;  // [height, groups] of int4
   float temperature;
   const float* temperatures;  // [B] or null
   int k;
@@ -46,26 +62,27 @@ struct HeadArgs {
 
   float* logits;      // [B, k]
   int32_t* tokens;    // [B, k]
-  float* lse;         // [B]
-  float* entropy;     // [B]
+  float* lse;         // [B] or null
+  float* entropy;     // [B] or null
   float* all_logits;  // [B, R] or null
+  double* keys;       // [B, k] or null
+  HeadSums* parts;    // [B] or null
 
-  // Scratch. A task is what one thread does: any blocks, in any order. Sums are kept for each block and the order of
-  // candidates is total, so no result depends on who did what.
-  int64_t blocks, tasks;
+  // Scratch. A task is what one thread does: any items, in any order. An item is one block of one run. Sums are kept
+  // for each block and the order of candidates is total, so no result depends on who did what.
+  const HeadRun* runs;
+  int64_t run_count, blocks, tasks;
   void* packed;               // packed_bytes(args)
   HeadSums* sums;             // [B, blocks]
   HeadCandidate* candidates;  // [tasks, B, k]
   int32_t* found;             // [tasks, B]
-  float* buffer;              // [tasks, kHeadGroup, kHeadBlock]
+  float* buffer;              // [tasks, kHeadRun, kHeadBlock]
 };
-
-constexpr int64_t kHeadGroup = 16;  // hidden vectors that meet a block of rows while it is in the cache
 
 struct HeadKernels {
   int64_t (*packed_bytes)(const HeadArgs& args);
-  void (*pack)(const HeadArgs& args);  // hidden, as the tier's dot product reads it
-  void (*scan)(const HeadArgs& args, int64_t task, int64_t first_block, int64_t last_block);
+  void (*pack)(const HeadArgs& args, const HeadRun& run);  // its hidden vectors, as the tier's dot product reads them
+  void (*scan)(const HeadArgs& args, int64_t task, int64_t first_item, int64_t last_item);
   void (*finish)(const HeadArgs& args, int64_t b);  // merge what the tasks found for one request
 };
 

@@ -21,6 +21,7 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using MaybeTensor = std::optional<Tensor>;
 using Results = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+using Part = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
 // Multiply-adds that are worth waking a thread for.
 constexpr int64_t kWorkPerTask = 1 << 18;
@@ -43,13 +44,34 @@ DType dtype_of(const char* name, const Tensor& tensor) {
   }
 }
 
-// A vector of `size` numbers, contiguous and kept alive; null where there is none.
+HeadWeight kind_of(const Tensor& weight, const Tensor& hidden) {
+  switch (weight.scalar_type()) {
+    case ScalarType::Char:
+      return HeadWeight::kInt8;
+    case ScalarType::Float8_e4m3fn:
+      return HeadWeight::kFp8;
+    case ScalarType::Byte:
+      return HeadWeight::kInt4;
+    default:
+      check(weight.scalar_type() == hidden.scalar_type(),
+            "weight: expected hidden's dtype, int8, float8_e4m3fn, or uint8 for int4");
+      return HeadWeight::kPlain;
+  }
+}
+
+// Groups of columns of an int4 weight; 0 of any other.
+int64_t groups_of(const Tensor& weight, const Tensor& hidden) {
+  return kind_of(weight, hidden) == HeadWeight::kInt4 ? (hidden.size(1) + kHeadColumns - 1) / kHeadColumns : 0;
+}
+
+// `size` numbers, or `size` rows of `width`, contiguous and kept alive; null where there are none.
 template <class T>
 struct Values {
-  Values(const char* name, const MaybeTensor& tensor, ScalarType type, int64_t size) {
+  Values(const char* name, const MaybeTensor& tensor, ScalarType type, int64_t size, int64_t width = 0) {
     if (!tensor) return;
-    check(tensor->is_cpu() && tensor->dim() == 1 && tensor->size(0) == size && tensor->scalar_type() == type, name,
-          ": expected a CPU tensor whose shape and dtype fit the other arguments");
+    check(tensor->is_cpu() && tensor->dim() == (width > 0 ? 2 : 1) && tensor->size(0) == size &&
+              (width == 0 || tensor->size(1) == width) && tensor->scalar_type() == type,
+          name, ": expected a CPU tensor whose shape and dtype fit the other arguments");
     kept = torch::stable::contiguous(*tensor);
     data = static_cast<const T*>(kept->const_data_ptr());
   }
@@ -79,120 +101,214 @@ class Scratch {
   MaybeTensor kept_;
 };
 
-Results run(const Tensor& hidden, const Tensor& weight, int64_t k, HeadArgs args, const MaybeTensor& rows,
-            const MaybeTensor& token_ids, const MaybeTensor& bias, const MaybeTensor& scale, double temperature,
-            const MaybeTensor& temperatures, bool return_logits) {
-  check(hidden.is_cpu() && hidden.dim() == 2, "hidden: expected a CPU tensor [B, D]");
-  check(weight.is_cpu() && weight.dim() == 2 && weight.size(1) == hidden.size(1), "weight: expected [V, D]");
-  check(weight.scalar_type() == hidden.scalar_type(), "weight: expected hidden's dtype");
-  check(k >= 1 && k <= kHeadMostK, "k: expected 1..", kHeadMostK, ", got ", k);
-  args.dtype = dtype_of("hidden", hidden);
-  args.k = static_cast<int>(k);
-  args.batch = hidden.size(0);
-  args.dim = hidden.size(1);
-  args.hidden = hidden.const_data_ptr();
-  args.hidden_strides[0] = hidden.stride(0);
-  args.hidden_strides[1] = hidden.stride(1);
-  args.height = weight.size(0);
-  const Tensor unit_columns = args.dim <= 1 || weight.stride(1) == 1 ? weight : torch::stable::contiguous(weight);
-  args.weight = unit_columns.const_data_ptr();
-  args.weight_stride = unit_columns.stride(0);
-
-  args.count = args.height;
-  MaybeTensor kept_rows;
-  if (rows) {
-    const bool shared = rows->dim() == 1;
-    check(rows->is_cpu() && rows->scalar_type() == ScalarType::Int && !token_ids &&
-              (shared || (rows->dim() == 2 && rows->size(0) == args.batch)),
-          "rows: expected int32 [R] or [B, R], and no token_ids beside it");
-    kept_rows = torch::stable::contiguous(*rows);
-    args.rows = static_cast<const int32_t*>(kept_rows->const_data_ptr());
-    args.count = rows->size(rows->dim() - 1);
-    args.rows_stride = shared ? 0 : args.count;
+// The streams of a draw; without a seed nothing is drawn.
+struct Streams {
+  Streams(int64_t batch, const MaybeTensor& seed, const MaybeTensor& offset, const MaybeTensor& row)
+      : seeds("seed", seed, ScalarType::Long, batch),
+        offsets("offset", offset, ScalarType::Long, batch),
+        rows("row", row, ScalarType::Int, batch) {
+    check(seed.has_value() == offset.has_value(), "offset: expected with a seed, and only with one");
   }
-  const Values<int32_t> ids("token_ids", token_ids, ScalarType::Int, args.height);
-  const Values<void> biases("bias", bias, bias ? bias->scalar_type() : ScalarType::Float, args.height);
-  const Values<float> scales("scale", scale, ScalarType::Float, args.height);
-  const Values<float> per_request("temperatures", temperatures, ScalarType::Float, args.batch);
-  args.token_ids = ids.data;
-  args.bias = biases.data;
-  if (bias) args.bias_dtype = dtype_of("bias", *bias);
-  args.scale = scales.data;
-  args.temperature = static_cast<float>(temperature);
-  args.temperatures = per_request.data;
 
-  auto make = [&](const std::vector<int64_t>& shape, ScalarType type) {
-    return torch::stable::new_empty(hidden, shape, type);
-  };
-  Tensor logits = make({args.batch, k}, ScalarType::Float), tokens = make({args.batch, k}, ScalarType::Int);
-  Tensor lse = make({args.batch}, ScalarType::Float), entropy = make({args.batch}, ScalarType::Float);
-  Tensor all_logits = make({args.batch, return_logits ? args.count : 0}, ScalarType::Float);
+  const Values<int64_t> seeds, offsets;
+  const Values<int32_t> rows;
+};
+
+// One call: its arguments, checked, and whatever they point to.
+class Head {
+ public:
+  Head(const Tensor& hidden, const Tensor& weight, int64_t k, const Streams& streams, const MaybeTensor& rows,
+       const MaybeTensor& row_groups, const MaybeTensor& token_ids, const MaybeTensor& bias, const MaybeTensor& scale,
+       double temperature, const MaybeTensor& temperatures)
+      : hidden_(hidden),
+        groups_("row_groups", row_groups, ScalarType::Int, hidden.size(0)),
+        ids_("token_ids", token_ids, ScalarType::Int, weight.size(0)),
+        biases_("bias", bias, bias ? bias->scalar_type() : ScalarType::Float, weight.size(0)),
+        scales_("scale", scale, ScalarType::Float, weight.size(0), groups_of(weight, hidden)),
+        temperatures_("temperatures", temperatures, ScalarType::Float, hidden.size(0)) {
+    check(k >= 1 && k <= kHeadMostK, "k: expected 1..", kHeadMostK, ", got ", k);
+    args.k = static_cast<int>(k);
+    args.dtype = dtype_of("hidden", hidden);
+    args.batch = hidden.size(0);
+    args.dim = hidden.size(1);
+    args.hidden = hidden.const_data_ptr();
+    args.hidden_strides[0] = hidden.stride(0);
+    args.hidden_strides[1] = hidden.stride(1);
+    take_weight(weight);
+    take_rows(rows, token_ids);
+    args.token_ids = ids_.data;
+    args.bias = biases_.data;
+    if (bias) args.bias_dtype = dtype_of("bias", *bias);
+    (args.kind == HeadWeight::kInt4 ? args.group_scale : args.scale) = scales_.data;
+    args.temperature = static_cast<float>(temperature);
+    args.temperatures = temperatures_.data;
+    args.seed = streams.seeds.data;
+    args.offset = streams.offsets.data;
+    args.row = streams.rows.data;
+  }
+
+  Tensor make(const std::vector<int64_t>& shape, ScalarType type) const {
+    return torch::stable::new_empty(hidden_, shape, type);
+  }
+
+  void run() {
+    args.blocks = args.batch == 0 ? 0 : (args.count + kHeadBlock - 1) / kHeadBlock;
+    const int64_t items = args.blocks * args.run_count;
+    const int64_t work = args.count * std::max<int64_t>(args.dim, 1) * args.batch / kWorkPerTask + 1;
+    args.tasks = std::max<int64_t>(1, std::min({items, work, int64_t{torch::stable::get_num_threads()}}));
+
+    const HeadKernels& head = *kernels().head;
+    Scratch scratch;
+    const int64_t lists = args.tasks * args.batch;
+    scratch.add(&args.packed, head.packed_bytes(args));
+    scratch.add(&args.sums, args.batch * args.blocks * static_cast<int64_t>(sizeof(HeadSums)));
+    scratch.add(&args.candidates, lists * args.k * static_cast<int64_t>(sizeof(HeadCandidate)));
+    scratch.add(&args.found, lists * static_cast<int64_t>(sizeof(int32_t)));
+    scratch.add(&args.buffer, args.tasks * kHeadRun * kHeadBlock * static_cast<int64_t>(sizeof(float)));
+    scratch.allocate(hidden_);
+
+    for (const HeadRun& run : runs_) head.pack(args, run);
+    std::fill_n(args.found, lists, 0);
+    // Threads take the next few items when they are done with the last ones: cores differ, and some are disturbed.
+    const int64_t portion = std::clamp<int64_t>(items / (16 * args.tasks), 1, 8);
+    std::atomic<int64_t> next{0};
+    torch::stable::parallel_for(0, args.tasks, 1, [&](int64_t first, int64_t last) {
+      for (int64_t task = first; task < last; ++task) {
+        for (int64_t item; (item = next.fetch_add(portion)) < items;)
+          head.scan(args, task, item, std::min(item + portion, items));
+      }
+    });
+    each_request(args.blocks, [&](int64_t b) { head.finish(args, b); });
+  }
+
+  Head(const Head&) = delete;
+
+  HeadArgs args{};
+
+ private:
+  void take_weight(const Tensor& weight) {
+    args.kind = kind_of(weight, hidden_);
+    check(weight.size(1) == (args.kind == HeadWeight::kInt4 ? groups_of(weight, hidden_) * kHeadColumns / 2 : args.dim),
+          "weight: expected [V, D], or 64 bytes for every 128 columns of int4");
+    check(args.kind == HeadWeight::kPlain || scales_.kept,
+          "scale: expected the scales of a quantised weight, got none");
+    args.height = weight.size(0);
+    weight_ = args.dim <= 1 || weight.stride(1) == 1 ? weight : torch::stable::contiguous(weight);
+    args.weight = weight_->const_data_ptr();
+    args.weight_stride = weight_->stride(0);
+  }
+
+  void take_rows(const MaybeTensor& rows, const MaybeTensor& token_ids) {
+    args.count = args.height;
+    int64_t lines = 1;
+    args.shared_rows = true;
+    check(rows || !groups_.kept, "row_groups: expected rows beside it");
+    if (rows) {
+      args.shared_rows = rows->dim() == 1;
+      check(rows->is_cpu() && rows->scalar_type() == ScalarType::Int && !token_ids &&
+                (args.shared_rows ? !groups_.kept : rows->dim() == 2) &&
+                (args.shared_rows || groups_.kept || rows->size(0) == args.batch),
+            "rows: expected int32 [R], [B, R], or [G, R] with row_groups, and no token_ids beside it");
+      rows_ = torch::stable::contiguous(*rows);
+      args.rows = static_cast<const int32_t*>(rows_->const_data_ptr());
+      args.count = rows->size(rows->dim() - 1);
+      if (!args.shared_rows) lines = rows->size(0);
+    }
+    const auto line_of = [&](int64_t b) -> int64_t {
+      if (args.shared_rows) return 0;
+      const int64_t line = groups_.kept ? groups_.data[b] : b;
+      return line < lines ? line : -1;
+    };
+    for (int64_t b = 0; b < args.batch; ++b) {
+      const int64_t line = line_of(b);
+      if (b == 0 || line != runs_.back().line || runs_.back().size == kHeadRun) runs_.push_back({b, 0, line});
+      ++runs_.back().size;
+    }
+    args.runs = runs_.data();
+    args.run_count = static_cast<int64_t>(runs_.size());
+  }
+
+  template <class F>
+  void each_request(int64_t cost, F f) const {
+    const int64_t grain = std::max<int64_t>(1, 16384 / std::max<int64_t>(cost, 1));
+    torch::stable::parallel_for(0, args.batch, grain, [&](int64_t first, int64_t last) {
+      for (int64_t b = first; b < last; ++b) f(b);
+    });
+  }
+
+  const Tensor& hidden_;
+  const Values<int32_t> groups_, ids_;
+  const Values<void> biases_;
+  const Values<float> scales_, temperatures_;
+  MaybeTensor weight_, rows_;
+  std::vector<HeadRun> runs_;
+};
+
+// Before anything asks for a size that may not be there.
+void check_shapes(const Tensor& hidden, const Tensor& weight) {
+  check(hidden.is_cpu() && hidden.dim() == 2, "hidden: expected a CPU tensor [B, D]");
+  check(weight.is_cpu() && weight.dim() == 2, "weight: expected [V, D]");
+}
+
+Results whole(Head head, bool return_logits) {
+  HeadArgs& args = head.args;
+  Tensor logits = head.make({args.batch, args.k}, ScalarType::Float);
+  Tensor tokens = head.make({args.batch, args.k}, ScalarType::Int);
+  Tensor lse = head.make({args.batch}, ScalarType::Float), entropy = head.make({args.batch}, ScalarType::Float);
+  Tensor all_logits = head.make({args.batch, return_logits ? args.count : 0}, ScalarType::Float);
   args.logits = static_cast<float*>(logits.mutable_data_ptr());
   args.tokens = static_cast<int32_t*>(tokens.mutable_data_ptr());
   args.lse = static_cast<float*>(lse.mutable_data_ptr());
   args.entropy = static_cast<float*>(entropy.mutable_data_ptr());
   if (return_logits) args.all_logits = static_cast<float*>(all_logits.mutable_data_ptr());
-
-  args.blocks = args.batch == 0 ? 0 : (args.count + kHeadBlock - 1) / kHeadBlock;
-  const int64_t work = args.count * std::max<int64_t>(args.dim, 1) * args.batch / kWorkPerTask + 1;
-  args.tasks = std::max<int64_t>(1, std::min({args.blocks, work, int64_t{torch::stable::get_num_threads()}}));
-
-  const HeadKernels& head = *kernels().head;
-  Scratch scratch;
-  const int64_t lists = args.tasks * args.batch;
-  scratch.add(&args.packed, head.packed_bytes(args));
-  scratch.add(&args.sums, args.batch * args.blocks * static_cast<int64_t>(sizeof(HeadSums)));
-  scratch.add(&args.candidates, lists * k * static_cast<int64_t>(sizeof(HeadCandidate)));
-  scratch.add(&args.found, lists * static_cast<int64_t>(sizeof(int32_t)));
-  scratch.add(&args.buffer, args.tasks * kHeadGroup * kHeadBlock * static_cast<int64_t>(sizeof(float)));
-  scratch.allocate(hidden);
-
-  head.pack(args);
-  std::fill_n(args.found, lists, 0);
-  // Threads take the next few blocks when they are done with the last ones: cores differ, and some are disturbed.
-  const int64_t portion = std::clamp<int64_t>(args.blocks / (8 * args.tasks), 1, 8);
-  std::atomic<int64_t> next{0};
-  torch::stable::parallel_for(0, args.tasks, 1, [&](int64_t first, int64_t last) {
-    for (int64_t task = first; task < last; ++task) {
-      for (int64_t block; (block = next.fetch_add(portion)) < args.blocks;)
-        head.scan(args, task, block, std::min(block + portion, args.blocks));
-    }
-  });
-  const int64_t grain = std::max<int64_t>(1, 4096 / std::max<int64_t>(args.blocks, 1));
-  torch::stable::parallel_for(0, args.batch, grain, [&](int64_t first, int64_t last) {
-    for (int64_t b = first; b < last; ++b) head.finish(args, b);
-  });
+  head.run();
   return {logits, tokens, lse, entropy, all_logits};
 }
 
 Results head_topk(const Tensor& hidden, const Tensor& weight, int64_t k, const MaybeTensor& rows,
-                  const MaybeTensor& row_groups, const MaybeTensor& token_ids, const MaybeTensor& bias, const MaybeTensor& scale, double temperature,
-                  const MaybeTensor& temperatures, bool return_logits) {
-  check(!row_groups, "row_groups: not served yet");
-  return run(hidden, weight, k, HeadArgs{}, rows, token_ids, bias, scale, temperature, temperatures, return_logits);
+                  const MaybeTensor& row_groups, const MaybeTensor& token_ids, const MaybeTensor& bias,
+                  const MaybeTensor& scale, double temperature, const MaybeTensor& temperatures, bool return_logits) {
+  check_shapes(hidden, weight);
+  const Streams none(hidden.size(0), {}, {}, {});
+  return whole({hidden, weight, k, none, rows, row_groups, token_ids, bias, scale, temperature, temperatures},
+               return_logits);
 }
 
 Results head_sample(const Tensor& hidden, const Tensor& weight, int64_t k, const Tensor& seed, const Tensor& offset,
                     const MaybeTensor& row, const MaybeTensor& rows, const MaybeTensor& row_groups,
                     const MaybeTensor& token_ids, const MaybeTensor& bias, const MaybeTensor& scale, double temperature,
                     const MaybeTensor& temperatures, bool return_logits) {
-  check(hidden.dim() == 2, "hidden: expected [B, D]");
-  check(!row_groups, "row_groups: not served yet");
-  const Values<int64_t> seeds("seed", seed, ScalarType::Long, hidden.size(0));
-  const Values<int64_t> offsets("offset", offset, ScalarType::Long, hidden.size(0));
-  const Values<int32_t> numbers("row", row, ScalarType::Int, hidden.size(0));
-  HeadArgs args{};
-  args.seed = seeds.data;
-  args.offset = offsets.data;
-  args.row = numbers.data;
-  return run(hidden, weight, k, args, rows, token_ids, bias, scale, temperature, temperatures, return_logits);
+  check_shapes(hidden, weight);
+  const Streams streams(hidden.size(0), seed, offset, row);
+  return whole({hidden, weight, k, streams, rows, row_groups, token_ids, bias, scale, temperature, temperatures},
+               return_logits);
+}
+
+Part head_part(const Tensor& hidden, const Tensor& weight, int64_t k, const MaybeTensor& seed,
+               const MaybeTensor& offset, const MaybeTensor& row, const MaybeTensor& rows,
+               const MaybeTensor& row_groups, const MaybeTensor& token_ids, const MaybeTensor& bias,
+               const MaybeTensor& scale, double temperature, const MaybeTensor& temperatures) {
+  check_shapes(hidden, weight);
+  const Streams streams(hidden.size(0), seed, offset, row);
+  Head head(hidden, weight, k, streams, rows, row_groups, token_ids, bias, scale, temperature, temperatures);
+  HeadArgs& args = head.args;
+  Tensor keys = head.make({args.batch, k}, ScalarType::Double), logits = head.make({args.batch, k}, ScalarType::Float);
+  Tensor tokens = head.make({args.batch, k}, ScalarType::Int), sums = head.make({args.batch, 3}, ScalarType::Double);
+  args.keys = static_cast<double*>(keys.mutable_data_ptr());
+  args.logits = static_cast<float*>(logits.mutable_data_ptr());
+  args.tokens = static_cast<int32_t*>(tokens.mutable_data_ptr());
+  static_assert(sizeof(HeadSums) == 3 * sizeof(double));
+  args.parts = static_cast<HeadSums*>(sums.mutable_data_ptr());
+  head.run();
+  return {keys, logits, tokens, sums};
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(specdec_kernels, CPU, m) {
-  m.impl("head_topk", TORCH_BOX(&head_topk));
+  m.impl("head_part", TORCH_BOX(&head_part));
   m.impl("head_sample", TORCH_BOX(&head_sample));
+  m.impl("head_topk", TORCH_BOX(&head_topk));
 }
 
 }  // namespace specdec

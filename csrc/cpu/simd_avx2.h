@@ -44,6 +44,7 @@ SPECDEC_INLINE Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
 SPECDEC_INLINE Vec max(Vec a, Vec b) { return _mm256_max_ps(a, b); }
 SPECDEC_INLINE Vec min(Vec a, Vec b) { return _mm256_min_ps(a, b); }
 SPECDEC_INLINE Vec round(Vec a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+SPECDEC_INLINE Vec floor(Vec a) { return _mm256_floor_ps(a); }
 
 SPECDEC_INLINE Mask gt(Vec a, Vec b) { return _mm256_cmp_ps(a, b, _CMP_GT_OQ); }
 SPECDEC_INLINE Mask ge(Vec a, Vec b) { return _mm256_cmp_ps(a, b, _CMP_GE_OQ); }
@@ -53,6 +54,10 @@ SPECDEC_INLINE Mask both(Mask a, Mask b) { return _mm256_and_ps(a, b); }
 SPECDEC_INLINE Mask either(Mask a, Mask b) { return _mm256_or_ps(a, b); }
 SPECDEC_INLINE uint32_t bits(Mask m) { return static_cast<uint32_t>(_mm256_movemask_ps(m)); }
 SPECDEC_INLINE bool any(Mask m) { return bits(m) != 0; }
+SPECDEC_INLINE Mask mask_of(uint32_t bits) {
+  const Ints lanes = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+  return as_floats(_mm256_cmpeq_epi32(_mm256_and_si256(iset1(bits), lanes), lanes));
+}
 
 SPECDEC_INLINE int compress(float* p, Mask m, Vec a) {
   // A byte of ones per lane that is kept picks the lane's number.
@@ -72,7 +77,46 @@ SPECDEC_INLINE float reduce_max(Vec a) {
   r = _mm_max_ps(r, _mm_movehl_ps(r, r));
   return _mm_cvtss_f32(_mm_max_ss(r, _mm_movehdup_ps(r)));
 }
+SPECDEC_INLINE Vec sums_of(const Vec* a) {
+  // Pairs of lanes of two vectors, then of four; what is left are the two halves of each.
+  Vec pairs[4], fours[2];
+  for (int i = 0; i < 4; ++i)
+    pairs[i] = add(_mm256_unpacklo_ps(a[2 * i], a[2 * i + 1]), _mm256_unpackhi_ps(a[2 * i], a[2 * i + 1]));
+  for (int i = 0; i < 2; ++i) {
+    const __m256d x = _mm256_castps_pd(pairs[2 * i]), y = _mm256_castps_pd(pairs[2 * i + 1]);
+    fours[i] = add(_mm256_castpd_ps(_mm256_unpacklo_pd(x, y)), _mm256_castpd_ps(_mm256_unpackhi_pd(x, y)));
+  }
+  return add(_mm256_permute2f128_ps(fours[0], fours[1], 0x20), _mm256_permute2f128_ps(fours[0], fours[1], 0x31));
+}
+SPECDEC_INLINE void transpose(Vec* a) {
+  Vec pairs[8], fours[8];
+  for (int i = 0; i < 4; ++i) {
+    pairs[2 * i] = _mm256_unpacklo_ps(a[2 * i], a[2 * i + 1]);
+    pairs[2 * i + 1] = _mm256_unpackhi_ps(a[2 * i], a[2 * i + 1]);
+  }
+  for (int i = 0; i < 8; ++i) {
+    const int from = i / 4 * 4 + i % 4 / 2;
+    const __m256d x = _mm256_castps_pd(pairs[from]), y = _mm256_castps_pd(pairs[from + 2]);
+    fours[i] = _mm256_castpd_ps(i % 2 == 0 ? _mm256_unpacklo_pd(x, y) : _mm256_unpackhi_pd(x, y));
+  }
+  for (int i = 0; i < 4; ++i) {
+    a[i] = _mm256_permute2f128_ps(fours[i], fours[i + 4], 0x20);
+    a[i + 4] = _mm256_permute2f128_ps(fours[i], fours[i + 4], 0x31);
+  }
+}
 
+SPECDEC_INLINE Ints bytes(const uint8_t* p, int n) {
+  uint64_t raw = 0;
+  __builtin_memcpy(&raw, p, static_cast<size_t>(n));
+  return _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(static_cast<int64_t>(raw)));
+}
+SPECDEC_INLINE void halves(uint16_t* p, Ints a, int n) {
+  const Ints packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(_mm256_and_si256(a, iset1(0xFFFFu)), iset1(0)), 0x8);
+  uint16_t buffer[8];
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(n == kWidth ? p : buffer), _mm256_castsi256_si128(packed));
+  if (n != kWidth) __builtin_memcpy(p, buffer, sizeof(uint16_t) * static_cast<size_t>(n));
+}
+SPECDEC_INLINE void store(Half* p, Vec a, int n) { halves(&p->bits, _mm256_cvtepu16_epi32(_mm256_cvtps_ph(a, 0)), n); }
 SPECDEC_INLINE Ints iload(const int32_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
 SPECDEC_INLINE Ints iadd(Ints a, Ints b) { return _mm256_add_epi32(a, b); }
 SPECDEC_INLINE Ints isub(Ints a, Ints b) { return _mm256_sub_epi32(a, b); }

@@ -41,6 +41,8 @@ SPECDEC_INLINE Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
 SPECDEC_INLINE Vec max(Vec a, Vec b) { return _mm512_max_ps(a, b); }
 SPECDEC_INLINE Vec min(Vec a, Vec b) { return _mm512_min_ps(a, b); }
 SPECDEC_INLINE Vec round(Vec a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+SPECDEC_INLINE Vec floor(Vec a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC); }
+SPECDEC_INLINE Vec fraction(Vec a) { return _mm512_reduce_ps(a, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC); }
 
 SPECDEC_INLINE Mask gt(Vec a, Vec b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ); }
 SPECDEC_INLINE Mask ge(Vec a, Vec b) { return _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ); }
@@ -50,6 +52,7 @@ SPECDEC_INLINE Mask both(Mask a, Mask b) { return static_cast<Mask>(a & b); }
 SPECDEC_INLINE Mask either(Mask a, Mask b) { return static_cast<Mask>(a | b); }
 SPECDEC_INLINE uint32_t bits(Mask m) { return m; }
 SPECDEC_INLINE bool any(Mask m) { return m != 0; }
+SPECDEC_INLINE Mask mask_of(uint32_t bits) { return static_cast<Mask>(bits); }
 
 SPECDEC_INLINE int compress(float* p, Mask m, Vec a) {
   store(p, _mm512_maskz_compress_ps(m, a));
@@ -58,8 +61,58 @@ SPECDEC_INLINE int compress(float* p, Mask m, Vec a) {
 
 SPECDEC_INLINE float reduce_add(Vec a) { return _mm512_reduce_add_ps(a); }
 SPECDEC_INLINE float reduce_max(Vec a) { return _mm512_reduce_max_ps(a); }
+SPECDEC_INLINE Vec unpack_low(Vec a, Vec b) { return _mm512_unpacklo_ps(a, b); }
+SPECDEC_INLINE Vec unpack_high(Vec a, Vec b) { return _mm512_unpackhi_ps(a, b); }
+SPECDEC_INLINE Vec unpack_low_pairs(Vec a, Vec b) {
+  return _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(a), _mm512_castps_pd(b)));
+}
+SPECDEC_INLINE Vec unpack_high_pairs(Vec a, Vec b) {
+  return _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(a), _mm512_castps_pd(b)));
+}
+// The even and the odd quarters of a, then of b.
+SPECDEC_INLINE Vec even_quarters(Vec a, Vec b) { return _mm512_shuffle_f32x4(a, b, 0x88); }
+SPECDEC_INLINE Vec odd_quarters(Vec a, Vec b) { return _mm512_shuffle_f32x4(a, b, 0xDD); }
+SPECDEC_INLINE Vec sums_of(const Vec* a) {
+  // Pairs of lanes of two vectors, then of four; what is left are the four quarters of each.
+  Vec pairs[8], fours[4], halves[2];
+  for (int i = 0; i < 8; ++i) pairs[i] = add(unpack_low(a[2 * i], a[2 * i + 1]), unpack_high(a[2 * i], a[2 * i + 1]));
+  for (int i = 0; i < 4; ++i) {
+    const Vec x = pairs[2 * i], y = pairs[2 * i + 1];
+    fours[i] = add(unpack_low_pairs(x, y), unpack_high_pairs(x, y));
+  }
+  for (int i = 0; i < 2; ++i) {
+    const Vec x = fours[2 * i], y = fours[2 * i + 1];
+    halves[i] = add(even_quarters(x, y), odd_quarters(x, y));
+  }
+  return add(even_quarters(halves[0], halves[1]), odd_quarters(halves[0], halves[1]));
+}
+SPECDEC_INLINE void transpose(Vec* a) {
+  Vec b[16], c[16];
+  for (int i = 0; i < 8; ++i) {
+    b[2 * i] = unpack_low(a[2 * i], a[2 * i + 1]);
+    b[2 * i + 1] = unpack_high(a[2 * i], a[2 * i + 1]);
+  }
+  // c[4 i + j]: columns j, j + 4, j + 8 and j + 12 of rows 4 i .. 4 i + 3, a quarter each.
+  for (int i = 0; i < 16; ++i) {
+    const Vec x = b[i / 4 * 4 + i % 4 / 2], y = b[i / 4 * 4 + i % 4 / 2 + 2];
+    c[i] = i % 2 == 0 ? unpack_low_pairs(x, y) : unpack_high_pairs(x, y);
+  }
+  for (int j = 0; j < 4; ++j) {
+    const Vec even0 = even_quarters(c[j], c[4 + j]), odd0 = odd_quarters(c[j], c[4 + j]);
+    const Vec even1 = even_quarters(c[8 + j], c[12 + j]), odd1 = odd_quarters(c[8 + j], c[12 + j]);
+    a[j] = even_quarters(even0, even1);
+    a[j + 4] = even_quarters(odd0, odd1);
+    a[j + 8] = odd_quarters(even0, even1);
+    a[j + 12] = odd_quarters(odd0, odd1);
+  }
+}
 
 SPECDEC_INLINE Ints iset1(uint32_t a) { return _mm512_set1_epi32(static_cast<int32_t>(a)); }
+SPECDEC_INLINE Ints bytes(const uint8_t* p, int n) { return _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(first(n), p)); }
+SPECDEC_INLINE void halves(uint16_t* p, Ints a, int n) { _mm512_mask_cvtepi32_storeu_epi16(p, first(n), a); }
+SPECDEC_INLINE void store(Half* p, Vec a, int n) {
+  _mm256_mask_storeu_epi16(p, first(n), _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT));
+}
 SPECDEC_INLINE Ints iload(const int32_t* p) { return _mm512_loadu_si512(p); }
 SPECDEC_INLINE Ints iota() { return _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15); }
 SPECDEC_INLINE Ints iadd(Ints a, Ints b) { return _mm512_add_epi32(a, b); }

@@ -21,6 +21,37 @@ SPECDEC_INLINE Vec exp(Vec x) {
   return scale_by_power(add(fma(mul(f, f), p, f), set1(1.0f)), n);
 }
 
+// 2^x for x < 128, to 1 ulp and exact for whole x; 0 below -150, NaN stays NaN.
+SPECDEC_INLINE Vec exp2(Vec x) {
+#if defined(SPECDEC_TIER_AVX512) || defined(SPECDEC_TIER_AVX512BF16)
+  const Vec f = fraction(x), n = x;  // scaling takes the floor of n by itself
+#else
+  x = max(set1(-151.0f), x);
+  const Vec n = floor(x), f = sub(x, n);
+#endif
+  // Minimax polynomial of (2^f - 1) / f on [0, 1): what it leaves out is below 2.1e-9.
+  Vec p = set1(0x1.c54174p-13f);
+  p = fma(p, f, set1(0x1.46d64ep-10f));
+  p = fma(p, f, set1(0x1.3d0b92p-7f));
+  p = fma(p, f, set1(0x1.c689120p-5f));
+  p = fma(p, f, set1(0x1.ebfd58p-3f));
+  p = fma(p, f, set1(0x1.62e42cp-1f));
+  return scale_by_power(fma(p, f, set1(1.0f)), n);
+}
+
+// To 3 ulp; NaN stays NaN.
+SPECDEC_INLINE Vec tanh(Vec x) {
+  const Vec size = max(x, sub(set1(0.0f), x)), square = mul(x, x);
+  Vec p = set1(-5.70498872745e-3f);
+  p = fma(p, square, set1(2.06390887954e-2f));
+  p = fma(p, square, set1(-5.37397155531e-2f));
+  p = fma(p, square, set1(1.33314422036e-1f));
+  p = fma(p, square, set1(-3.33332819422e-1f));
+  const Vec near = fma(mul(x, square), p, x);
+  const Vec far = sub(set1(1.0f), div(set1(2.0f), add(exp(add(size, size)), set1(1.0f))));
+  return select(gt(size, set1(0.625f)), select(gt(x, set1(0.0f)), far, sub(set1(0.0f), far)), near);
+}
+
 // Natural logarithm of positive normal numbers to 2 ulp (near 1 as well: the noise is most sensitive there).
 SPECDEC_INLINE Vec log(Vec x) {
   // x = m * 2^e with m in [sqrt(1/2), sqrt(2)): the offset moves the exponent's step to sqrt(1/2).

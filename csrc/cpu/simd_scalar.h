@@ -38,6 +38,20 @@ SPECDEC_INLINE void store(float* p, Vec a, int n) {
   if (n > 0) *p = a;
 }
 
+SPECDEC_INLINE void store(Half* p, Vec a, int n) {
+  if (n <= 0) return;
+  const uint32_t sign = as_ints(a) >> 16 & 0x8000u, magnitude = as_ints(a) & 0x7FFFFFFFu;
+  uint32_t half;
+  if (magnitude >= 0x47800000u) {  // 2^16 and above, inf, NaN
+    half = magnitude > 0x7F800000u ? 0x7E00u : 0x7C00u;
+  } else if (magnitude < 0x38800000u) {  // subnormal: adding 1/2 rounds at 2^-24
+    half = as_ints(as_floats(magnitude) + 0.5f) - as_ints(0.5f);
+  } else {
+    half = (magnitude + 0xFFFu + (magnitude >> 13 & 1) - ((127u - 15u) << 23)) >> 13;
+  }
+  p->bits = static_cast<uint16_t>(sign | half);
+}
+
 SPECDEC_INLINE Vec add(Vec a, Vec b) { return a + b; }
 SPECDEC_INLINE Vec sub(Vec a, Vec b) { return a - b; }
 SPECDEC_INLINE Vec mul(Vec a, Vec b) { return a * b; }
@@ -47,6 +61,7 @@ SPECDEC_INLINE Vec max(Vec a, Vec b) { return a > b ? a : b; }
 SPECDEC_INLINE Vec min(Vec a, Vec b) { return a < b ? a : b; }
 // Adding 1.5 * 2^23 leaves no room for a fraction (|a| < 2^22).
 SPECDEC_INLINE Vec round(Vec a) { return (a + 0x1.8p23f) - 0x1.8p23f; }
+SPECDEC_INLINE Vec floor(Vec a) { return __builtin_floorf(a); }
 
 SPECDEC_INLINE Mask gt(Vec a, Vec b) { return a > b; }
 SPECDEC_INLINE Mask ge(Vec a, Vec b) { return a >= b; }
@@ -58,6 +73,7 @@ SPECDEC_INLINE Mask either(Mask a, Mask b) { return a || b; }
 SPECDEC_INLINE Vec select(Mask m, Vec a, Vec b) { return m ? a : b; }
 SPECDEC_INLINE uint32_t bits(Mask m) { return m; }
 SPECDEC_INLINE bool any(Mask m) { return m; }
+SPECDEC_INLINE Mask mask_of(uint32_t bits) { return bits & 1; }
 
 SPECDEC_INLINE int compress(float* p, Mask m, Vec a) {
   *p = a;
@@ -66,10 +82,16 @@ SPECDEC_INLINE int compress(float* p, Mask m, Vec a) {
 
 SPECDEC_INLINE float reduce_add(Vec a) { return a; }
 SPECDEC_INLINE float reduce_max(Vec a) { return a; }
+SPECDEC_INLINE Vec sums_of(const Vec* a) { return *a; }
+SPECDEC_INLINE void transpose(Vec*) {}
 
 SPECDEC_INLINE Ints iset1(uint32_t a) { return a; }
 SPECDEC_INLINE Ints iload(const int32_t* p) { return static_cast<uint32_t>(*p); }
 SPECDEC_INLINE Ints iota() { return 0; }
+SPECDEC_INLINE Ints bytes(const uint8_t* p, int n) { return n > 0 ? *p : 0; }
+SPECDEC_INLINE void halves(uint16_t* p, Ints a, int n) {
+  if (n > 0) *p = static_cast<uint16_t>(a);
+}
 SPECDEC_INLINE Ints iadd(Ints a, Ints b) { return a + b; }
 SPECDEC_INLINE Ints isub(Ints a, Ints b) { return a - b; }
 SPECDEC_INLINE Ints iand(Ints a, Ints b) { return a & b; }

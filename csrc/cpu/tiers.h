@@ -15,6 +15,7 @@
 namespace specdec {
 
 #define SPECDEC_FAMILIES(X) \
+  X(Attention, attention)   \
   X(Head, head)             \
   X(Select, select)         \
   X(Verify, verify)

@@ -14,12 +14,13 @@ from specdec_kernels import SamplingParams
 
 from . import demo
 from .compare import PLAIN, Method, coloured, compare, differing, make_console, picture, table
-from .drafters import Drafter, ModelDrafter, NgramDrafter, Tree
+from .drafters import HEAD_KINDS, Drafter, LowRankHead, ModelDrafter, NgramDrafter, Tree
 from .packed import pack_linears_
 from .vocab import command as vocab
 from .vocab import load_rows
 
 KINDS = (PLAIN, "chain", "tree", "ngram", "ngram-tree")
+LOW_RANK = "low-rank"
 
 
 def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,6 +37,12 @@ def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--width", type=int, default=8, help="nodes of a ranked tree expanded at each level")
     parser.add_argument("--branching", default="4,2,1,1,1", help="children at each level of a sampled tree")
     parser.add_argument("--rows", type=Path, help="map of `vocab choose`, or safetensors with one tensor of ids")
+    parser.add_argument(
+        "--head",
+        choices=(*HEAD_KINDS, LOW_RANK),
+        help="the drafter's head: full, trimmed to --rows, quantised (of --rows, if given), or of --rank",
+    )
+    parser.add_argument("--rank", type=int, help=f"of --head {LOW_RANK}: a truncated SVD of the drafter's head")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
     parser.add_argument("--top-k", type=int)
     parser.add_argument("--top-p", type=float)
@@ -112,7 +119,12 @@ def _drafter(arguments: argparse.Namespace, tokenizer) -> Drafter:
     rows = None
     if arguments.rows is not None:
         rows = load_rows(arguments.rows, tokenizer, model.get_output_embeddings().weight.shape[0])
-    return ModelDrafter(model, rows=rows)
+    if (arguments.head == LOW_RANK) != (arguments.rank is not None):
+        got = "none" if arguments.rank is None else f"--head {arguments.head}"
+        raise ValueError(f"rank: expected with --head {LOW_RANK} and with no other, got {got}")
+    if arguments.head == LOW_RANK:
+        return ModelDrafter(model, head=LowRankHead(model, arguments.rank, rows=rows))
+    return ModelDrafter(model, rows=rows, head=arguments.head)
 
 
 def _load(folder: str, arguments: argparse.Namespace):

@@ -43,7 +43,7 @@ class Outcome:
 def make_console() -> Console:
     """A console wide enough for the table where the output is not a terminal."""
     console = Console()
-    return console if console.is_terminal else Console(width=110)
+    return console if console.is_terminal else Console(width=116)
 
 
 def compare(
@@ -121,7 +121,16 @@ def table(outcomes: Sequence[Outcome], title: str, *, greedy: bool) -> Table:
     plain = next((outcome for outcome in outcomes if outcome.method.name == PLAIN), None)
     result = Table(title=title)
     result.add_column("method", no_wrap=True)
-    for name in ("tokens/s", "speed-up", "accepted", "tokens\nper call", "MBSU", "draft/target/\nverify time"):
+    figures = (
+        "tokens/s",
+        "speed-up",
+        "accepted",
+        "tokens\nper call",
+        "drafter\nMB",
+        "MBSU",
+        "draft/target/\nverify time",
+    )
+    for name in figures:
         result.add_column(name, justify="right", no_wrap=True)
     if greedy and plain is not None:
         result.add_column("same\ntokens", no_wrap=True)
@@ -136,6 +145,7 @@ def table(outcomes: Sequence[Outcome], title: str, *, greedy: bool) -> Table:
             "" if plain is None else f"{stats.tokens_per_second / plain.statistics.tokens_per_second:.2f}x",
             f"{stats.acceptance_rate:.0%}" if stats.drafted else "",
             f"{stats.block_efficiency:.2f}",
+            f"{stats.drafter_bytes / 1e6:.1f}" if stats.drafter_bytes else "",
             f"{stats.mbsu:.2f}",
             "/".join(f"{part / total:.0%}" for part in spent),
         ]
@@ -160,27 +170,27 @@ def coloured(outcome: Outcome, number: int, tokenizer: PreTrainedTokenizerBase) 
 
 
 def picture(outcomes: Sequence[Outcome], path: Path, title: str) -> None:
-    """Draw tokens per second, and how often a draft is accepted at each depth, for each method."""
+    """Draw, for each method, tokens per second, MBSU, and how often a draft is accepted at each depth."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    figure = Figure(figsize=(15, 4.4), layout="constrained")
     FigureCanvasAgg(figure)
-    speed, depth = figure.subplots(1, 2)
+    speed, cost, depth = figure.subplots(1, 3, width_ratios=(1, 0.8, 1))
     names = [outcome.method.name for outcome in outcomes]
-    values = [outcome.statistics.tokens_per_second for outcome in outcomes]
-    colours = [f"C{i}" for i in range(len(outcomes))]
-    bars = speed.barh(names, values, color=colours)
-    speed.bar_label(bars, [f"{value:.1f}" for value in values], padding=3)
-    speed.invert_yaxis()
-    speed.margins(x=0.12)
+    statistics = [outcome.statistics for outcome in outcomes]
+    _bars(speed, names, [stats.tokens_per_second for stats in statistics], "{:.1f}")
     speed.set_xlabel("tokens per second (higher is better)")
-    for outcome, colour in zip(outcomes, colours, strict=True):
-        stats = outcome.statistics
+    _bars(cost, names, [stats.mbsu for stats in statistics], "{:.2f}")
+    cost.tick_params(labelleft=False)
+    cost.set_xlabel(
+        "memory-bound speed-up: tokens per call / bytes read\n(by the drafter with its head and the target)"
+    )
+    for number, (name, stats) in enumerate(zip(names, statistics, strict=True)):
         if stats.drafted:
-            label = f"{outcome.method.name}: {stats.block_efficiency:.2f} tokens per target call"
+            label = f"{name}: {stats.block_efficiency:.2f} tokens per call, {stats.acceptance_rate:.0%} of drafts"
             depths = range(1, len(stats.acceptance_at) + 1)
-            depth.plot(depths, stats.acceptance_at, marker="o", color=colour, label=label)
+            depth.plot(depths, stats.acceptance_at, marker="o", color=f"C{number}", label=label)
     depth.set_xlabel("depth in the draft")
     depth.set_ylabel("rounds accepted that deep")
     depth.set_ylim(0, 1.02)
@@ -191,3 +201,11 @@ def picture(outcomes: Sequence[Outcome], path: Path, title: str) -> None:
     figure.suptitle(title)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
+
+
+def _bars(axes, names: list[str], values: list[float], form: str) -> None:
+    """One bar for each method, the first on top, each with its value."""
+    bars = axes.barh(names, values, color=[f"C{number}" for number in range(len(names))])
+    axes.bar_label(bars, [form.format(value) for value in values], padding=3)
+    axes.invert_yaxis()
+    axes.margins(x=0.14)

@@ -1,4 +1,7 @@
-"""`python -m specdec_loop demo`: the shipped pair decodes held-out source code in several ways, all to the same end."""
+"""`python -m specdec_loop demo`: the shipped pair decodes held-out source code in several ways, all to the same end.
+
+Chains run with the drafter's whole head, with some of its rows and with all of them in int8.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,6 @@ from .vocab import select_rows
 TARGET = {"hidden": 1024, "layers": 12}
 DRAFTER = {"hidden": 256, "layers": 2}
 ROWS = 8000
-METHODS = 5
 CONTEXT = 240  # characters of a prompt that are shown
 
 
@@ -52,8 +54,9 @@ def run(arguments: argparse.Namespace) -> int:
     methods = [
         Method(PLAIN, None, {}),
         Method(f"chain of {arguments.draft_length}", ModelDrafter(drafter), chain),
-        Method(f"tree of {arguments.nodes}", ModelDrafter(drafter), tree),
         Method(f"chain, {ROWS} rows", ModelDrafter(drafter, rows=rows), chain),
+        Method("chain, int8 head", ModelDrafter(drafter, head="int8"), chain),
+        Method(f"tree of {arguments.nodes}", ModelDrafter(drafter), tree),
         Method("n-gram, no model", NgramDrafter(min_match=2), chain),
     ]
     prompts = tiny.heldout_prompts(arguments.prompts, arguments.prompt_tokens, pair.tokenizer)
@@ -67,12 +70,12 @@ def run(arguments: argparse.Namespace) -> int:
         list(prompts),
         console,
         max_new_tokens=arguments.max_new_tokens,
-        seconds=arguments.seconds / METHODS,
+        seconds=arguments.seconds / len(methods),
         eos_token_id=(),
     )
     console.print()
     console.print(table(outcomes, f"prompts decoded: {len(outcomes[0].tokens)}", greedy=True))
-    tree_outcome = outcomes[2]
+    tree_outcome = next(outcome for outcome in outcomes if "tree" in outcome.method.options)
     # A small model repeats itself at times; the liveliest continuation says most.
     number = max(range(len(tree_outcome.tokens)), key=lambda i: len(set(tree_outcome.tokens[i])))
     console.print("\nThe end of a prompt, and what the tree made of it ([green]green[/green]: accepted drafts):\n")

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..philox import gumbels
+from .quantize import QUANTIZED, dequantize
 
 _LOG2_E = 1.0 / math.log(2.0)
 # Rows of the weight that are gathered and upcast at a time: neither copy ever exists whole.
@@ -25,9 +26,15 @@ def _chosen(rows: Tensor | None, row_groups: Tensor | None) -> Tensor | None:
 
 
 def _logits(hidden: Tensor, weight: Tensor, rows: Tensor | None, bias: Tensor | None, scale: Tensor | None) -> Tensor:
-    """[B, R] logits (hidden . row) * scale + bias in fp32 (fp64 stays); -inf for rows that the weight does not have."""
+    """[B, R] logits (hidden . row) * scale + bias in fp32 (fp64 stays); -inf for rows that the weight does not have.
+
+    Rows of a quantised weight are dequantised first, and a hidden vector with NaN or an infinity breaks its request.
+    """
     exact = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-    hidden, height = hidden.to(exact), weight.shape[0]
+    hidden, height, dim = hidden.to(exact), weight.shape[0], hidden.shape[1]
+    quantized = weight.dtype in QUANTIZED
+    if quantized:
+        hidden = torch.where(hidden.isfinite().all(1, keepdim=True), hidden, float("nan"))
     if rows is None:
         rows = torch.arange(height, device=weight.device, dtype=torch.int32)
     known = (rows >= 0) & (rows < height)
@@ -36,10 +43,10 @@ def _logits(hidden: Tensor, weight: Tensor, rows: Tensor | None, bias: Tensor | 
         return hidden.new_full((hidden.shape[0], rows.shape[-1]), float("-inf"))
     parts = [hidden.new_empty((hidden.shape[0], 0))]
     for part in rows.split(_SLICE, dim=-1):
-        picked = weight[part].to(exact)
+        picked = dequantize(weight, scale, dim, part, exact) if quantized else weight[part].to(exact)
         parts.append(hidden @ picked.T if part.ndim == 1 else (picked @ hidden[:, :, None])[..., 0])
     logits = torch.cat(parts, dim=1)
-    if scale is not None:
+    if scale is not None and not quantized:
         logits = logits * scale[rows]
     if bias is not None:
         logits = logits + bias[rows].to(exact)

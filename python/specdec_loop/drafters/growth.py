@@ -87,7 +87,7 @@ def grow_ranked(feed: Feed, head: Head, hidden: Tensor, roots: Tensor, shape: Tr
             last = torch.arange(known.max_nodes - level, known.max_nodes, device=device)
             places = torch.arange(batch, device=device)[:, None] * known.max_nodes + last
             hidden = feed(known, places.flatten())
-        top = head.topk(hidden, shape.width)
+        top = head.topk(hidden, shape.width, requests=batch)
         tokens, logprobs = (each.view(batch, len(hidden) // batch, -1) for each in (top.tokens, _logprobs(top)))
         candidates = eagle2_expand(candidates, tokens, logprobs, shape.width)
     tree, picked = eagle2_select(candidates, roots, shape.nodes)
@@ -136,14 +136,14 @@ def _draw(head: Head, hidden: Tensor, level: Level, method: str, rng: Philox, te
     # Root position and node: no two draws of a request ever share their noise.
     stream = Philox(each(rng.seed), each(rng.offset), level.expand.to(torch.int32).repeat(batch))
     if method in INDEPENDENT:
-        logits = head.topk(hidden, 1, return_logits=True).all_logits
+        logits = head.topk(hidden, 1, requests=batch, return_logits=True).all_logits
         return iid_children(logits, k, stream, temperature=each(temperature), draft_vocab=head.rows)[0], logits
-    step = head.sample(hidden, k, stream, each(temperature))
+    step = head.sample(hidden, k, stream, each(temperature), requests=batch)
     if method in WITHOUT_REPLACEMENT or k == 1:
         return step.tokens, step.all_logits
     # greedy_multi (2502.18779): the top k-1, then one draw of the rest. Of k draws without replacement at least one is
     # not among the top k-1, and the first such is a draw of q outside them.
-    top = head.topk(hidden, k - 1).tokens
+    top = head.topk(hidden, k - 1, requests=batch).tokens
     top = torch.nn.functional.pad(top, (0, k - 1 - top.shape[1]), value=-1)  # a trimmed head may have fewer rows
     outside = (step.tokens[:, :, None] != top[:, None, :]).all(2)
     rest = step.tokens.gather(1, outside.int().argmax(1, keepdim=True))

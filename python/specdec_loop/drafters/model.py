@@ -18,7 +18,7 @@ from ..requests import Request, last_positions
 from ..statistics import Statistics, parameter_bytes
 from .base import Draft, Drafter, Plan, chains
 from .growth import RANKED, Grown, grow_chain, grow_drawn, grow_ranked
-from .head import Head
+from .head import Head, make_head
 
 
 class ModelDrafter(Drafter):
@@ -31,13 +31,22 @@ class ModelDrafter(Drafter):
     Args:
         model: a causal LM whose vocabulary is the target's.
         rows: [R] ascending ids to which drafts are limited (see `vocab.select_rows`); the weight is not copied.
+        head: which head drafts: `full`, `trimmed` (to `rows`), `int8`, `int4` or `fp8` (a quantised copy, of which
+            `rows` may be read alone), or a Head, e.g. LowRankHead or ShortlistHead. Default: by `rows`.
         policy: when a chain stops before the draft length.
     """
 
     tree_method = "without_replacement"
 
-    def __init__(self, model: PreTrainedModel, *, rows: Tensor | None = None, policy: Policy | None = None):
-        self.model, self.head, self.policy = model, Head(model, rows), policy or Fixed()
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        rows: Tensor | None = None,
+        head: str | Head | None = None,
+        policy: Policy | None = None,
+    ):
+        self.model, self.head, self.policy = model, make_head(model, head, rows), policy or Fixed()
         self.cache: attend.SlotCache | None = None
         self.plan: Plan | None = None
         self.statistics: Statistics | None = None
@@ -68,7 +77,7 @@ class ModelDrafter(Drafter):
 
     def bytes_read(self) -> int:
         """See Drafter."""
-        return parameter_bytes(self.model) - self.head.bytes_omitted
+        return parameter_bytes(self.model) - self.head.bytes_replaced + self.head.bytes_read
 
     @contextmanager
     def session(
