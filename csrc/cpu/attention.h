@@ -12,7 +12,7 @@
 namespace specdec {
 
 constexpr int64_t kAttentionBlock = 64;    // slots that are scored at a time: their visibility is one 64-bit word
-constexpr int64_t kAttentionSplit = 1024;  // slots that one job reads
+constexpr int64_t kAttentionSplit = 1024;  // slots that one job reads, twice as many where it has many rows
 
 enum class CacheType : int32_t { kFloat, kBf16, kHalf, kE4m3, kE5m2, kInt8 };
 

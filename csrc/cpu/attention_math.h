@@ -55,46 +55,125 @@ struct Words {
   int64_t step;  // to the next term of the sum
 };
 
-// sums[i, v] (+)= sum over k of word (i, k) of `a`, spread over the lanes, times vector (v, k) of `b`.
-template <typename Math, int Rows, int Vectors, bool Adds>
-SPECDEC_INLINE void multiply_tile(Words a, Words b, int64_t steps, float* sums, int64_t row, int64_t vector) {
-  Vec acc[Rows][Vectors];
-#pragma GCC unroll 16
-  for (int i = 0; i < Rows; ++i)
-#pragma GCC unroll 4
-    for (int v = 0; v < Vectors; ++v) acc[i][v] = Adds ? load(sums + i * row + v * vector) : set1(0.0f);
-  for (int64_t k = 0; k < steps; ++k) {
-    decltype(Math::words(b.data)) x[Vectors];
-#pragma GCC unroll 4
-    for (int v = 0; v < Vectors; ++v) x[v] = Math::words(b.data + v * b.row + k * b.step);
-#pragma GCC unroll 16
-    for (int i = 0; i < Rows; ++i) {
-      const auto w = Math::spread(a.data + i * a.row + k * a.step);
-#pragma GCC unroll 4
-      for (int v = 0; v < Vectors; ++v) acc[i][v] = Math::step(w, x[v], acc[i][v]);
-    }
+// Rows of the next block, which are fetched into the second level cache while this one is worked on, little by little:
+// the first level could not hold them, and whoever waits for memory and then computes is half as fast.
+struct Ahead {
+  const char* data;  // null: there is nothing to fetch
+  int64_t stride;
+
+  void inline __attribute__((always_inline)) fetch(int64_t row, int64_t line) const {
+    __builtin_prefetch(data + row * stride + line * 64, 0, 2);
   }
-#pragma GCC unroll 16
-  for (int i = 0; i < Rows; ++i)
+};
+
+// What a tile of Rows rows fetches in each of its steps: `tile(i)` is asked once, with the tile's first row.
+struct FetchNothing {
+  struct Tile {
+    void inline __attribute__((always_inline)) operator()(int64_t) const {}
+  };
+  Tile tile(int64_t) const { return {}; }
+};
+// For rows that are slots. A row has a line for every 16 words: the tile's rows take turns, a line of each.
+template <int Rows>
+struct FetchRows {
+  Ahead ahead;
+
+  struct Tile {
+    Ahead ahead;
+    void inline __attribute__((always_inline)) operator()(int64_t k) const { ahead.fetch(k % 16 * Rows / 16, k / 16); }
+  };
+  Tile tile(int64_t i) const { return {{ahead.data + i * ahead.stride, ahead.stride}}; }
+};
+// For rows that are columns, where `steps` walk the slots: 16 rows for each of which a line of some slots is fetched.
+template <int Rows>
+struct FetchColumns {
+  Ahead ahead;
+  int64_t steps, slots;
+
+  struct Tile {
+    Ahead ahead;
+    void inline __attribute__((always_inline)) operator()(int64_t k) const { ahead.fetch(k * Rows / 16, 0); }
+  };
+  Tile tile(int64_t i) const {
+    const int64_t before = i * steps / 16;
+    return {{ahead.data + before % slots * ahead.stride + before / slots * 64, ahead.stride}};
+  }
+};
+
+// What becomes of a finished sum: scores are new, values join what the blocks before have left, which `shrink` brings
+// to the softmax's new reference. One factor for each lane of a vector, or one for each row.
+struct NewSums {
+  static constexpr bool kIsLong = true;
+  Vec inline __attribute__((always_inline)) operator()(Vec sum, const float*, int64_t, int) const { return sum; }
+};
+struct JoinLanes {
+  static constexpr bool kIsLong = false;  // not longer than a block
+  const float* shrink;
+  Vec inline __attribute__((always_inline)) operator()(Vec sum, const float* old, int64_t, int vector) const {
+    return fma(load(old), load(shrink + vector * kWidth), sum);
+  }
+};
+struct JoinRows {
+  static constexpr bool kIsLong = false;
+  const float* shrink;
+  Vec inline __attribute__((always_inline)) operator()(Vec sum, const float* old, int64_t row, int) const {
+    return fma(load(old), set1(shrink[row]), sum);
+  }
+};
+
+// Long sums are taken of this many terms at a time, and then added: one chain would lose digits that others keep.
+template <typename Math>
+constexpr int64_t kChain = 32 * Math::kPack;
+
+// sums[i, v] = join(sum over k of word (i, k) of `a`, spread over the lanes, times vector (v, k) of `b`).
+template <typename Math, int Rows, int Vectors, typename Join, typename FetchTile>
+SPECDEC_INLINE void multiply_tile(Words a, Words b, int64_t steps, float* sums, int64_t row, int64_t vector, Join join,
+                                  FetchTile fetch) {
+  int64_t from = 0;
+  do {
+    Vec acc[Rows][Vectors];
+    for (auto& sums_of_row : acc)
+      for (Vec& sum : sums_of_row) sum = set1(0.0f);
+    const int64_t to = Join::kIsLong && from + kChain<Math> < steps ? from + kChain<Math> : steps;
+    for (int64_t k = from; k < to; ++k) {
+      fetch(k);
+      decltype(Math::words(b.data)) x[Vectors];
 #pragma GCC unroll 4
-    for (int v = 0; v < Vectors; ++v) store(sums + i * row + v * vector, acc[i][v]);
+      for (int v = 0; v < Vectors; ++v) x[v] = Math::words(b.data + v * b.row + k * b.step);
+#pragma GCC unroll 16
+      for (int i = 0; i < Rows; ++i) {
+        const auto w = Math::spread(a.data + i * a.row + k * a.step);
+#pragma GCC unroll 4
+        for (int v = 0; v < Vectors; ++v) acc[i][v] = Math::step(w, x[v], acc[i][v]);
+      }
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < Rows; ++i)
+#pragma GCC unroll 4
+      for (int v = 0; v < Vectors; ++v) {
+        float* sum = sums + i * row + v * vector;
+        store(sum, from == 0 ? join(acc[i][v], sum, i, v) : add(acc[i][v], load(sum)));
+      }
+    from = to;
+  } while (Join::kIsLong && from < steps);
 }
 
-// The same for any multiple of kTileRows / Vectors rows; 16 sums fill the registers of AVX-512, 8 those of AVX2.
+// The same for any multiple of kTileSums / Vectors rows; 16 sums fill the registers of AVX-512, 8 those of AVX2.
 constexpr int kTileSums = kWidth == 16 ? 16 : 8;
-template <typename Math, int Vectors, bool Adds>
-SPECDEC_INLINE void multiply(Words a, Words b, int64_t rows, int64_t steps, float* sums, int64_t row, int64_t vector) {
+template <typename Math, int Vectors, typename Join, typename Fetch>
+SPECDEC_INLINE void multiply(Words a, Words b, int64_t rows, int64_t steps, float* sums, int64_t row, int64_t vector,
+                             Join join, Fetch fetch) {
   constexpr int kRows = kTileSums / Vectors;
   for (int64_t i = 0; i < rows; i += kRows)
-    multiply_tile<Math, kRows, Vectors, Adds>({a.data + i * a.row, a.row, a.step}, b, steps, sums + i * row, row,
-                                              vector);
+    multiply_tile<Math, kRows, Vectors>({a.data + i * a.row, a.row, a.step}, b, steps, sums + i * row, row, vector,
+                                        join, fetch.tile(i));
 }
 
 // scores[r * kAttentionBlock + i] = key i . query r, for a number of keys that kWidth divides. `query` is padded with
 // zeros to whole registers, the keys are not.
 template <typename Math, int Rows>
 SPECDEC_INLINE void dot_rows(const char* keys, int64_t stride, int64_t count, const char* query, int64_t query_stride,
-                             int64_t dim, float* scores) {
+                             int64_t dim, float* scores, Ahead ahead) {
   constexpr int kKeys = kWidth / Rows > 0 ? kWidth / Rows : 1;
   constexpr int64_t kBytes = Math::kStep * static_cast<int64_t>(sizeof(typename Math::Element));
   const int rest = static_cast<int>(dim % Math::kStep);
@@ -109,6 +188,7 @@ SPECDEC_INLINE void dot_rows(const char* keys, int64_t stride, int64_t count, co
 #pragma GCC unroll 16
       for (int j = 0; j < kKeys; ++j) {
         const auto key = load_key(keys + j * stride + d);
+        if (ahead.data != nullptr && d % 64 == 0) ahead.fetch(i + j, d / 64);
 #pragma GCC unroll 4
         for (int r = 0; r < Rows; ++r) acc[r * kKeys + j] = Math::step(key, x[r], acc[r * kKeys + j]);
       }

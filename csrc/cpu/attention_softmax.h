@@ -1,8 +1,8 @@
 // The online softmax of one block of scores. For tier files only.
 //
-// Exponentials are powers of two, and a row's reference `most` is a whole number: moving it, and merging partial
-// results, multiplies by powers of two and rounds nothing. It moves only when a score passes it by more than kSlack,
-// which is rare after the first blocks.
+// Exponentials are powers of two, relative to a reference of each row: `most`. In fp32 that is a whole number, so that
+// moving it and merging partial results multiply by powers of two and round nothing. Weights that become bf16 are
+// relative to the largest score itself: the largest weight is 1 then and rounds to itself.
 #pragma once
 
 #include "attention_math.h"
@@ -10,8 +10,8 @@
 
 namespace specdec::SPECDEC_TIER {
 
+constexpr double kLog2E = 0x1.71547652b82fep0;
 constexpr float kNothingSeen = -0x1p127f;  // `most` of a row that has seen no slot
-constexpr float kSlack = 6.0f;             // sums stay below 2^6 times their number of slots
 
 // How a score becomes an exponent: x * factor, or after + limit * tanh(x * inner) with a soft cap.
 struct ScoreScale {
@@ -24,11 +24,36 @@ SPECDEC_INLINE void cap_scores(ScoreScale scale, float* scores, int64_t count) {
     store(scores + i, mul(set1(scale.limit), tanh(mul(load(scores + i), set1(scale.inner)))));
 }
 
-// Slots in order, one row in each lane. `low` and `high` hold each lane's visible slots as bits; null: all are.
-// Leaves weights for the values' product in `weights`, which may be `scores`; `values` [columns][kWidth] moves along.
+// 2^x to 3e-6, for weights that are rounded to bf16; 2^-126 for whatever is below, NaN stays NaN. Half of it runs on
+// units that the products leave idle.
+SPECDEC_INLINE Vec exp2_for_halves(Vec x) {
+  x = max(set1(-126.0f), x);
+  const Vec n = add(x, set1(0x1.8p23f));  // the whole number nearest to x stands in its lowest bits
+  const Vec f = sub(x, sub(n, set1(0x1.8p23f)));
+  // Minimax polynomial of (2^f - 1) / f on [-1/2, 1/2].
+  Vec p = set1(0x1.3a02ccp-7f);
+  p = fma(p, f, set1(0x1.c9fc46p-5f));
+  p = fma(p, f, set1(0x1.ec0378p-3f));
+  p = fma(p, f, set1(0x1.62e12cp-1f));
+  p = fma(p, f, set1(1.0f));
+  return as_floats(iadd(as_ints(p), shift_left(as_ints(n), 23)));
+}
+
+// The lanes that do not see slot i, of which `low` and `high` have the bits.
+SPECDEC_INLINE Mask hidden(const int32_t* low, const int32_t* high, int64_t i) {
+  return ieq(iand(iload(i < 32 ? low : high), iset1(uint32_t{1} << (i & 31))), iset1(0));
+}
+
+template <typename Math>
+SPECDEC_INLINE Vec reference_of(Vec highest) {
+  return Math::kPack == 1 ? sub(set1(0.0f), floor(sub(set1(0.0f), highest))) : highest;
+}
+
+// Slots in order, one row in each lane. `low` and `high` hold each lane's visible slots as bits; null: all are. Leaves
+// weights for the values' product in `weights`, which may be `scores`, and in `shrink` what becomes of earlier values.
 template <typename Math>
 SPECDEC_INLINE void soften_lanes(float* scores, int64_t slots, float factor, const int32_t* low, const int32_t* high,
-                                 float* most, float* sum, float* values, int64_t columns, char* weights) {
+                                 float* most, float* sum, float* shrink, char* weights) {
   Vec top[4];
   for (Vec& t : top) t = set1(-kInf);
   if (low == nullptr) {
@@ -37,31 +62,29 @@ SPECDEC_INLINE void soften_lanes(float* scores, int64_t slots, float factor, con
       for (int j = 0; j < 4; ++j) top[j] = max(load(scores + (i + j) * kWidth), top[j]);
   } else {
     for (int64_t i = 0; i < slots; ++i) {
-      const Ints bit = iand(iload(i < 32 ? low : high), iset1(uint32_t{1} << (i & 31)));
-      const Vec x = select(ieq(bit, iset1(0)), set1(-kInf), load(scores + i * kWidth));
+      const Vec x = select(hidden(low, high, i), set1(-kInf), load(scores + i * kWidth));
       store(scores + i * kWidth, x);
       top[i & 3] = max(x, top[i & 3]);
     }
   }
-  const Vec highest = mul(max(max(top[0], top[1]), max(top[2], top[3])), set1(factor));
-  Vec m = load(most), s = load(sum);
-  const Mask moves = gt(highest, add(m, set1(kSlack)));
-  if (any(moves)) {
-    const Vec moved = select(moves, sub(set1(0.0f), floor(sub(set1(0.0f), highest))), m);
-    const Vec shrink = exp2(sub(m, moved));
-    m = moved;
-    s = mul(s, shrink);
-    store(most, m);
-    for (int64_t d = 0; d < columns; ++d) store(values + d * kWidth, mul(load(values + d * kWidth), shrink));
-  }
-  const Vec reference = sub(set1(0.0f), m), scale = set1(factor);
+  const Vec scale = set1(factor), highest = mul(max(max(top[0], top[1]), max(top[2], top[3])), scale);
+  const Vec before = load(most), m = max(reference_of<Math>(highest), before), shrunk = exp2(sub(before, m));
+  store(most, m);
+  store(shrink, shrunk);
+  const Vec reference = sub(set1(0.0f), m);
   Vec sums[4];
   for (Vec& t : sums) t = set1(0.0f);
   for (int64_t i = 0; i < slots; i += 4) {
     Vec p[4];
 #pragma GCC unroll 4
     for (int j = 0; j < 4; ++j) {
-      p[j] = exp2(fma(load(scores + (i + j) * kWidth), scale, reference));
+      p[j] = fma(load(scores + (i + j) * kWidth), scale, reference);
+      if constexpr (Math::kPack == 1) {
+        p[j] = exp2(p[j]);
+      } else {
+        p[j] = exp2_for_halves(p[j]);
+        if (low != nullptr) p[j] = select(hidden(low, high, i + j), set1(0.0f), p[j]);
+      }
       sums[j] = add(sums[j], p[j]);
     }
     if constexpr (Math::kPack == 1) {
@@ -73,38 +96,33 @@ SPECDEC_INLINE void soften_lanes(float* scores, int64_t slots, float factor, con
         store(reinterpret_cast<float*>(weights) + (i + j) / 2 * kWidth, as_floats(Math::pair(p[j], p[j + 1])));
     }
   }
-  store(sum, add(s, add(add(sums[0], sums[1]), add(sums[2], sums[3]))));
+  store(sum, fma(load(sum), shrunk, add(add(sums[0], sums[1]), add(sums[2], sums[3]))));
 }
 
 // One row, its slots side by side; `seen` holds the visible ones.
 template <typename Math>
 SPECDEC_INLINE void soften_row(float* scores, int64_t slots, float factor, uint64_t seen, float* most, float* sum,
-                               float* values, int64_t columns, typename Math::Element* weights) {
+                               float* shrink, typename Math::Element* weights) {
   Vec top = set1(-kInf);
   for (int64_t i = 0; i < slots; i += kWidth) {
     const Vec x = select(mask_of(static_cast<uint32_t>(seen >> i)), load(scores + i), set1(-kInf));
     store(scores + i, x);
     top = max(x, top);
   }
-  const float highest = reduce_max(top) * factor;
-  if (highest > *most + kSlack) {
-    const float moved = -__builtin_floorf(-highest);
-    float shrink[kWidth];
-    store(shrink, exp2(set1(*most - moved)));
-    *most = moved;
-    *sum *= shrink[0];
-    for (int64_t d = 0; d < columns; d += kWidth) store(values + d, mul(load(values + d), set1(shrink[0])));
-  }
+  const Vec highest = set1(reduce_max(top) * factor), before = set1(*most);
+  const Vec m = max(reference_of<Math>(highest), before), reference = sub(set1(0.0f), m);
   Vec total = set1(0.0f);
   for (int64_t i = 0; i < slots; i += kWidth) {
-    const Vec p = exp2(fma(load(scores + i), set1(factor), set1(-*most)));
+    const Vec p = exp2(fma(load(scores + i), set1(factor), reference));
     total = add(total, p);
     if constexpr (Math::kPack == 1)
       store(weights + i, p);
     else
       store(weights + i, p, kWidth);
   }
-  *sum += reduce_add(total);
+  store(most, m, 1);
+  store(shrink, exp2(sub(before, m)), 1);
+  *sum = *sum * *shrink + reduce_add(total);
 }
 
 }  // namespace specdec::SPECDEC_TIER

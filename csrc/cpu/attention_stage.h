@@ -91,12 +91,12 @@ SPECDEC_INLINE void convert_row(const T* from, int64_t step, int64_t columns, El
   }
 }
 
-// Copies the slots of `seen` from the block at `start`, and zeros for the others, which are not read.
+// Copies the first `slots` of the block at `start`: those of `seen`, and zeros for the others, which are not read.
 template <typename Element>
 void stage_block(const AttentionArgs& args, const AttentionJob& job, const AttentionCache& cache, int64_t start,
-                 uint64_t seen, Element* to, int64_t padded) {
+                 int64_t slots, uint64_t seen, Element* to, int64_t padded) {
   with_cache_type(args.cache_type, [&](auto tag) {
-    for (int i = 0; i < kAttentionBlock; ++i, to += padded) {
+    for (int64_t i = 0; i < slots; ++i, to += padded) {
       if ((seen >> i & 1) == 0) {
         __builtin_memset(to, 0, padded * sizeof(Element));
         continue;

@@ -1,23 +1,16 @@
-// The torch edge of tree attention: checks, the plan of a call as jobs, and threads that take them one by one.
-//
-// A piece is what is merged together: some rows of one KV head, with the slots that their requests share and those of
-// each request. Pieces go in waves, so that partial results take bounded memory however long the caches are. Neither
-// waves nor how many rows a job takes change a result: rows are computed alone, and slots are cut at fixed places.
+// The torch edge of tree attention: checks, raw pointers, and what each request reads.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
-#include <atomic>
 #include <cstdint>
 #include <limits>
-#include <numeric>
 #include <optional>
 #include <tuple>
 #include <vector>
 
-#include "attention.h"
-#include "tiers.h"
+#include "attention_plan.h"
 
 namespace specdec {
 namespace {
@@ -26,11 +19,8 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using MaybeTensor = std::optional<Tensor>;
 
-constexpr int64_t kWaveFloats = int64_t{8} << 20;          // partial results of a wave, unless one piece has more
-constexpr int64_t kWaveFloatsOfThread = int64_t{1} << 19;  // the same for each thread, where that is more
-constexpr int64_t kScratchFloats = int64_t{1} << 15;  // values of a job's rows, which stay in the second level cache
-constexpr int64_t kFewestRows = 32;                   // of a job, where it is cut for the sake of threads
-constexpr int64_t kWorkPerThread = 1 << 20;           // multiply-adds that are worth waking one for
+constexpr int64_t kJobElements = int64_t{1} << 15;    // of a job's rows: their sums stay in the second level cache
+constexpr int64_t kWorkPerThread = int64_t{1} << 20;  // multiply-adds that are worth waking one for
 
 template <class... Message>
 void check(bool ok, const Message&... message) {
@@ -120,182 +110,6 @@ CacheType cache_type(const Tensor& cache) {
   }
 }
 
-// Slots of one cache that some rows look at, and what the jobs over them leave behind.
-struct Span {
-  int64_t source;
-  int64_t first_row, last_row;  // of the list of nodes, times the group
-  int64_t first_slot, last_slot;
-  bool shared;
-  int64_t partial = 0;  // floats before it in the wave's buffer
-
-  int64_t rows() const { return last_row - first_row; }
-  int64_t first_split() const { return first_slot / kAttentionSplit; }
-  int64_t splits() const {
-    if (first_slot >= last_slot || rows() == 0) return 0;
-    return (last_slot + kAttentionSplit - 1) / kAttentionSplit - first_split();
-  }
-};
-
-struct Piece {
-  int64_t kv_head;
-  std::vector<Span> spans;  // that of the shared slots first, if there is one
-  bool shared;
-  int64_t floats = 0;
-};
-
-// Requests whose shared slots lie in one place stand side by side.
-struct Request {
-  int64_t source;  // where the shared slots are; -1: none are shared
-  int64_t index, first, size, prefix, shared;
-  int64_t lowest;  // the first slot that a window leaves to any of its nodes
-};
-
-class Plan {
- public:
-  Plan(const AttentionArgs& args, std::vector<Request> requests, int64_t kv_heads, int64_t threads)
-      : args_(args), requests_(std::move(requests)), threads_(threads) {
-    std::stable_sort(requests_.begin(), requests_.end(),
-                     [](const Request& a, const Request& b) { return a.source < b.source; });
-    for (const Request& r : requests_)
-      for (int64_t i = 0; i < r.size; ++i) nodes_.push_back({r.first + i, r.first, r.size, r.prefix, r.shared});
-    int64_t row = 0;
-    for (size_t i = 0; i < requests_.size();) {
-      size_t end = i + 1;
-      while (requests_[i].source >= 0 && end < requests_.size() && requests_[end].source == requests_[i].source) ++end;
-      row = add_cluster(i, end, row, kv_heads);
-      i = end;
-    }
-  }
-
-  void run(const Tensor& like) {
-    int64_t most = 0;
-    std::vector<size_t> waves = {0};
-    const int64_t room = std::max(kWaveFloats, kWaveFloatsOfThread * threads_);
-    int64_t used = 0;
-    for (size_t i = 0; i < pieces_.size(); ++i) {
-      if (used > 0 && used + pieces_[i].floats > room) {
-        waves.push_back(i);
-        used = 0;
-      }
-      for (Span& span : pieces_[i].spans) {
-        span.partial = used;
-        used += span.splits() * span.rows() * args_.partial_stride;
-      }
-      most = std::max(most, used);
-    }
-    waves.push_back(pieces_.size());
-    const AttentionKernels& kernel = *kernels().attention;
-    const int64_t scratch = kernel.scratch_bytes(args_);
-    Tensor buffer = torch::stable::new_empty(like, {4 * most + threads_ * scratch + 64}, ScalarType::Byte);
-    auto* base = static_cast<char*>(buffer.mutable_data_ptr());
-    base += (64 - reinterpret_cast<uintptr_t>(base) % 64) % 64;
-    partial_ = reinterpret_cast<float*>(base + threads_ * scratch);
-    for (size_t i = 0; i + 1 < waves.size(); ++i) run_wave(waves[i], waves[i + 1], base, scratch);
-  }
-
- private:
-  int64_t add_cluster(size_t first, size_t last, int64_t row, int64_t kv_heads) {
-    int64_t rows = 0;
-    for (size_t i = first; i < last; ++i) rows += requests_[i].size * args_.group;
-    for (int64_t head = 0; head < kv_heads; ++head) {
-      for (int64_t from = row; from < row + rows; from += args_.job_rows) {
-        const int64_t to = std::min(from + args_.job_rows, row + rows);
-        Piece piece = {head, {}, requests_[first].source >= 0};
-        Span common = {requests_[first].source, from, to, INT64_MAX, 0, true};
-        int64_t at = row;
-        if (piece.shared) piece.spans.push_back(common);
-        for (size_t i = first; i < last; ++i) {
-          const Request& r = requests_[i];
-          const int64_t end = at + r.size * args_.group;
-          if (at < to && end > from) {
-            common.first_slot = std::min(common.first_slot, std::min(r.lowest, r.shared));
-            common.last_slot = std::max(common.last_slot, r.shared);
-            piece.spans.push_back({r.index, std::max(at, from), std::min(end, to), std::max(r.shared, r.lowest),
-                                   r.prefix + r.size, false});
-          }
-          at = end;
-        }
-        if (piece.shared) piece.spans[0] = common;
-        for (const Span& span : piece.spans) piece.floats += span.splits() * span.rows() * args_.partial_stride;
-        pieces_.push_back(std::move(piece));
-      }
-    }
-    return row + rows;
-  }
-
-  std::vector<AttentionJob> jobs_of(size_t first, size_t last, int64_t rows_of_job) const {
-    std::vector<AttentionJob> jobs;
-    for (size_t i = first; i < last; ++i) {
-      for (const Span& span : pieces_[i].spans) {
-        for (int64_t split = 0; split < span.splits(); ++split) {
-          const int64_t start = (span.first_split() + split) * kAttentionSplit;
-          for (int64_t row = 0; row < span.rows(); row += rows_of_job) {
-            float* partial = partial_ + span.partial + (split * span.rows() + row) * args_.partial_stride;
-            jobs.push_back(
-                {{nodes_.data(), span.first_row + row, std::min(rows_of_job, span.rows() - row), pieces_[i].kv_head},
-                 span.source,
-                 std::max(start, span.first_slot),
-                 std::min(start + kAttentionSplit, span.last_slot),
-                 span.shared,
-                 partial});
-          }
-        }
-      }
-    }
-    return jobs;
-  }
-
-  void run_wave(size_t first, size_t last, char* scratch, int64_t scratch_bytes) const {
-    const AttentionKernels& kernel = *kernels().attention;
-    int64_t rows = args_.job_rows;
-    std::vector<AttentionJob> jobs = jobs_of(first, last, rows);
-    while (rows > kFewestRows && static_cast<int64_t>(jobs.size()) < 4 * threads_)
-      jobs = jobs_of(first, last, rows /= 2);
-    std::vector<AttentionMerge> merges = merges_of(first, last);
-    share(static_cast<int64_t>(jobs.size()),
-          [&](int64_t i, int64_t task) { kernel.attend(args_, jobs[i], scratch + task * scratch_bytes); });
-    share(static_cast<int64_t>(merges.size()), [&](int64_t i, int64_t) { kernel.merge(args_, merges[i]); });
-  }
-
-  std::vector<AttentionMerge> merges_of(size_t first, size_t last) const {
-    std::vector<AttentionMerge> merges;
-    for (size_t i = first; i < last; ++i) {
-      const Piece& piece = pieces_[i];
-      for (const Span& span : piece.spans) {
-        if (span.shared) continue;
-        AttentionMerge merge = {{nodes_.data(), span.first_row, span.rows(), piece.kv_head}, {}, {}, {}};
-        const auto add = [&](int which, const Span& of) {
-          const int64_t before = (span.first_row - of.first_row) * args_.partial_stride;
-          merge.parts[which] = partial_ + of.partial + before;
-          merge.splits[which] = of.splits();
-          merge.strides[which] = of.rows() * args_.partial_stride;
-        };
-        if (piece.shared) add(0, piece.spans[0]);
-        add(1, span);
-        merges.push_back(merge);
-      }
-    }
-    return merges;
-  }
-
-  // Threads take the next one when they are done with the last: cores differ, and some are disturbed.
-  template <class F>
-  void share(int64_t count, const F& work) const {
-    std::atomic<int64_t> next{0};
-    torch::stable::parallel_for(0, std::min(threads_, count), 1, [&](int64_t first, int64_t last) {
-      for (int64_t task = first; task < last; ++task)
-        for (int64_t i; (i = next.fetch_add(1)) < count;) work(i, task);
-    });
-  }
-
-  const AttentionArgs& args_;
-  std::vector<Request> requests_;
-  const int64_t threads_;
-  std::vector<AttentionNode> nodes_;
-  std::vector<Piece> pieces_;
-  float* partial_ = nullptr;
-};
-
 AttentionCache cache_of(const Tensor& cache, bool paged, const float* scale) {
   const int head = paged ? 2 : 1, slot = paged ? 1 : 2;
   return {cache.const_data_ptr(),
@@ -371,7 +185,7 @@ std::tuple<Tensor, Tensor> tree_attention(const Tensor& query, const Tensor& key
   args.sinks = sink.data;
   args.query_heads = heads;
   const int64_t columns = (std::max(args.keys.columns, args.values.columns) + 31) / 32 * 32;
-  args.job_rows = std::clamp<int64_t>(kScratchFloats / columns / 32 * 32, 32, 256);
+  args.job_rows = std::clamp<int64_t>(kJobElements / columns / 32 * 32, 32, 256);
   args.partial_stride = (args.values.columns + 15) / 16 * 16 + 16;
 
   Tensor out = torch::stable::new_empty(query, {nodes, heads, args.values.columns});
@@ -379,7 +193,7 @@ std::tuple<Tensor, Tensor> tree_attention(const Tensor& query, const Tensor& key
   args.out = out.mutable_data_ptr();
   args.lse = return_lse ? static_cast<float*>(lse.mutable_data_ptr()) : nullptr;
 
-  std::vector<Request> requests;
+  std::vector<AttentionPlan::Request> requests;
   int64_t first = 0, covered = 0, work = 0;
   const auto leave_empty = [&](int64_t from, int64_t to) {
     const int64_t bytes = heads * args.values.columns * static_cast<int64_t>(query.element_size());
@@ -394,7 +208,7 @@ std::tuple<Tensor, Tensor> tree_attention(const Tensor& query, const Tensor& key
     if (size == 0) continue;
     leave_empty(covered, first);
     covered = first + size;
-    Request r = {-1, b, first, size, std::clamp<int64_t>(prefixes.data[b], 0, room - size), 0, 0};
+    AttentionPlan::Request r = {-1, b, first, size, std::clamp<int64_t>(prefixes.data[b], 0, room - size), 0, 0};
     if (groups.data != nullptr) {
       r.shared = std::clamp<int64_t>(lengths.data[b], 0, r.prefix);
       r.source = groups.data[b] >= 0 && groups.data[b] < batch ? groups.data[b] : b;
@@ -412,7 +226,7 @@ std::tuple<Tensor, Tensor> tree_attention(const Tensor& query, const Tensor& key
   leave_empty(covered, nodes);
   if (requests.empty() || heads == 0) return {out, lse};
   const int64_t threads = std::clamp<int64_t>(work / kWorkPerThread, 1, torch::stable::get_num_threads());
-  Plan(args, std::move(requests), kv_heads, threads).run(query);
+  AttentionPlan(args, std::move(requests), kv_heads, threads).run(query);
   return {out, lse};
 }
 
