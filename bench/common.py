@@ -44,7 +44,6 @@ def compare(
     memory: Tensor | None = None,
     copy: tuple[Callable[[], object], int] | None = None,
     bytes_read: int = 0,
-    best_of: str | None = None,
     rounds: int = 10,
 ) -> None:
     """Measure `candidate` against `baselines`, and against the bandwidth of this machine.
@@ -59,7 +58,6 @@ def compare(
         memory: gives the limit `read_bandwidth`, that of the fastest way to read this tensor.
         copy: gives the limit `copy_bandwidth`: a call, and the bytes that it reads and writes.
         bytes_read: what one call of the candidate has to read.
-        best_of: the baselines are forms of one thing, of which only the fastest counts: stores `speedup_<best_of>`.
         rounds: how often everything is run.
     """
     require_pinned_threads()
@@ -80,13 +78,9 @@ def compare(
     if benchmark.stats is None:  # --benchmark-disable: the candidate ran once, for its errors
         return
     seconds, best = benchmark.stats.stats.min, {name: min(times) for name, times in seen.items()}
-    rivals = {name: name for name in baselines}
-    if best_of is not None:
-        rivals = {best_of: min(baselines, key=lambda name: best[f"baseline {name}"])}
-        benchmark.extra_info["baseline"] = rivals[best_of]
-    for name, rival in rivals.items():
-        benchmark.extra_info[f"speedup_{name}"] = best[f"baseline {rival}"] / seconds
-        middle = statistics.median(seen[f"baseline {rival}"])
+    for name in baselines:
+        benchmark.extra_info[f"speedup_{name}"] = best[f"baseline {name}"] / seconds
+        middle = statistics.median(seen[f"baseline {name}"])
         benchmark.extra_info[f"median_speedup_{name}"] = middle / benchmark.stats.stats.median
     for name, (ways, moved) in limits.items():
         bandwidth = moved / min(best[f"{name} {i}"] for i in range(len(ways)))

@@ -99,7 +99,7 @@ def tree_attention(
         scale: factor on q.k (default 1/sqrt(D)).
         window: a key is seen only if the query's position is less than `window` ahead of its own. Positions, not
             slots: `prefix_len + depth` for a node, s for prefix slot s. None: no window.
-        softcap: scores become `softcap * tanh(score / softcap)` before the mask (Gemma 2). None: off.
+        softcap: scores become `softcap * tanh(score / softcap)` before the mask (Gemma 2). None or 0: off.
         sinks: [Hq] float, one more logit in each head's softmax denominator (GPT-OSS).
         k_scale: number or [Hkv] float tensor; what key_cache holds times this is the key.
         v_scale: the same for values.
@@ -126,7 +126,7 @@ def tree_attention(
     check_tensor("value_cache", value_cache, sizes, names.format("Dv"), _CACHE_DTYPES, device)
     if value_cache.dtype != key_cache.dtype:
         raise TypeError(f"value_cache: expected the dtype of key_cache, {key_cache.dtype}, got {value_cache.dtype}")
-    if sizes["Hkv"] < 1 or sizes["Hq"] % sizes["Hkv"]:
+    if sizes["Hkv"] < 1 or sizes["Hq"] < 1 or sizes["Hq"] % sizes["Hkv"]:
         raise ValueError(f"query: expected Hq to be a multiple of Hkv={sizes['Hkv']}, got Hq={sizes['Hq']}")
     if sizes["D"] < 1:
         raise ValueError(f"query: expected D >= 1, got {list(query.shape)}")
@@ -202,12 +202,20 @@ def _debug_checks(
         check_values("shared.groups", there, shared.groups, f"requests 0..{sizes['B'] - 1}")
         within = (shared.lens >= 0) & (shared.lens <= prefix_lens)
         check_values("shared.lens", within, shared.lens, "0..prefix_lens")
-    ends = prefix_lens + tree.cu_nodes.diff()
+    ends = prefix_lens.long() + tree.cu_nodes.diff()
     room = sizes["L"] if block_table is None else sizes["M"] * sizes["block_size"]
     check_values(
         "prefix_lens", (prefix_lens >= 0) & (ends <= room), prefix_lens, f"prefix and tree within {room} slots"
     )
     if block_table is not None:
-        logical = torch.arange(sizes["M"], device=prefix_lens.device) * sizes["block_size"]
-        ok = (logical >= ends[:, None]) | (block_table >= 0) & (block_table < sizes["blocks"])
-        check_values("block_table", ok, block_table, f"blocks in 0..{sizes['blocks'] - 1}")
+        blocks = torch.arange(sizes["M"], device=prefix_lens.device) * sizes["block_size"]
+        there = (block_table >= 0) & (block_table < sizes["blocks"])
+        first = torch.zeros_like(ends)
+        if shared is not None:
+            owners = shared.groups.long()
+            apart = owners != torch.arange(sizes["B"], device=owners.device)
+            first = torch.where(apart, shared.lens, 0)  # before it, the owner's blocks are read
+            lent = there[owners] | (blocks >= torch.where(apart, shared.lens, 0)[:, None])
+            check_values("block_table", lent, block_table[owners], f"blocks in 0..{sizes['blocks'] - 1} of the owner")
+        unread = (blocks >= ends[:, None]) | (blocks + sizes["block_size"] <= first[:, None])
+        check_values("block_table", there | unread, block_table, f"blocks in 0..{sizes['blocks'] - 1}")

@@ -71,7 +71,7 @@ def check_draft_vocab(draft_vocab: Tensor, vocabulary: int | None = None) -> Non
 
 
 def check_values(name: str, ok: Tensor, value: Tensor, expected: str) -> None:
-    """Under SPECDEC_DEBUG=1 raise ValueError unless all of `ok` holds; shows the first offender."""
+    """Raise ValueError unless all of `ok` holds; shows the first offender. Reads the device."""
     if not bool(ok.all()):
         index = int((~ok).reshape(-1).nonzero()[0])
         raise ValueError(f"{name}: expected {expected}, got {value.reshape(-1)[index].item()} at index {index}")

@@ -304,7 +304,9 @@ def head_part(
 
     Candidates of all ranks, sorted by (key descending, token ascending), begin with the k best or drawn of the whole
     head; sums of two ranks add once the ones with the lower anchor are brought to the higher: both times
-    2^(difference), the third minus difference times the second. Every term is the same whoever adds it.
+    2^(difference), the third minus difference times the second. Every term is the same whoever adds it. With a, s, m of
+    all ranks, lse = ln 2 (a + log2 s) and entropy = ln 2 (log2 s - m / s), which `head_topk` rounds to multiples of
+    2^-30; `merge_head_parts` does all of this.
 
     Args:
         rng: as for `head_sample`; None ranks by the logits, as `head_topk` does.

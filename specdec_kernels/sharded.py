@@ -39,8 +39,9 @@ def merge_head_parts(parts: HeadPart) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     mass = (mass * factor).sum(0)
     nothing = mass == 0
     lse = torch.where(nothing, -torch.inf, _LN_2 * (anchor + torch.log2(mass)))
-    # Rounding must not take it below 0.
-    entropy = torch.where(nothing, 0.0, _LN_2 * (torch.log2(mass) - moment / mass)).clamp(min=0)
+    # Rounded as in the op, to a grid: near 0 two sums of about 1 cancel, and their last bits tell how rows were cut.
+    entropy = torch.round(_LN_2 * (torch.log2(mass) - moment / mass) * 2.0**30) / 2.0**30
+    entropy = torch.where(nothing, 0.0, entropy).clamp(min=0)
     # One rank's NaN leaves no distribution, whatever the others found.
     broken = mass.isnan()[:, None]
     return (
@@ -95,7 +96,8 @@ def sharded_head_topk(
 
     Each rank reads its own rows; ranks exchange k candidates and three sums of each request in one all_gather, never
     logits. The answer does not depend on the sharding: logits, tokens, lse and entropy are those of one rank that
-    holds all rows, bit for bit on the cpu backend.
+    holds all rows, bit for bit on the cpu backend (lse and entropy but for a sum in fp64 that falls on the edge between
+    two results, about once in 10^7).
 
     Args:
         hidden: [B, D] fp32, bf16 or fp16 (fp64 on the reference), the same on every rank.

@@ -63,12 +63,15 @@ def cluster_rows(
         RowClusters on weight's device.
 
     Raises:
-        TypeError, ValueError: an argument that does not fit.
+        TypeError, ValueError: an argument that does not fit, NaN or infinity in the weight.
     """
     sizes: dict[str, int] = {}
     check_tensor("weight", weight, sizes, "V D", REFERENCE_FLOATS)
     check_int("iterations", iterations, 1)
     height, device = sizes["V"], weight.device
+    for start in range(0, height, _SLICE):
+        finite = weight[start : start + _SLICE].isfinite().all(1)
+        check_values("weight", finite, torch.arange(start, start + len(finite)), "finite rows; this row is not one")
     pooled = torch.ones(height, dtype=torch.bool, device=device)
     if always is None:
         always = torch.empty(0, dtype=torch.int32, device=device)
@@ -190,6 +193,7 @@ def route(
         wide = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
         mean = product(hidden, clusters.centroids).to(wide.dtype)
         scores = mean + wide.square().sum(1, keepdim=True) * clusters.spreads / 2
+        scores = scores.masked_fill(clusters.rows[:, 0] < 0, -torch.inf)  # a cluster that got no rows has no mass
     check_tensor("scores", scores, sizes, "N C", REFERENCE_FLOATS, device)
     # Sorted, not topk, whose ties fall differently on every device.
     best = scores.argsort(dim=1, descending=True, stable=True)[:, :count]

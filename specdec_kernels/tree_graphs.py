@@ -74,6 +74,8 @@ def graph_layout(
     check_tensor("cu_nodes", cu_nodes, sizes, "B+1", INT32, edges.device)
     for name, value, low in (("nodes", nodes, 0), ("max_nodes", max_nodes, 1), ("max_depth", max_depth, 0)):
         check_int(name, value, low)
+    if sizes["B+1"] < 1:
+        raise ValueError("cu_nodes: expected shape [B+1] with B >= 0, got [0]")
     request, local = _places(cu_nodes, nodes)
     child, parent = edges.long().unbind(1)
     known = (parent >= 0) & (parent < child) & (child < nodes)

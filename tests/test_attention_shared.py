@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from attention_cases import NAN, Case
-from specdec_kernels import SharedPrefix, TreeLayout, trees
+from specdec_kernels import SharedPrefix, TreeLayout, attention, trees
 
 
 def ints(*values):
@@ -69,6 +69,49 @@ def test_a_layout_is_used_as_it_is(device):
     q = case.query[3].view(2, 2, 8)
     weights = (q @ keys.transpose(1, 2) / 8**0.5).softmax(-1)
     torch.testing.assert_close(got[3].view(2, 2, 8), weights @ values, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("window", [1, 3, 6, 2**63 - 1])
+@pytest.mark.parametrize("depths", [[6, 7, 7, 8, 6, 7], [-6, 1, 1, 2, 0, 1], [-2, -1, -1, 0, -100, 3]])
+def test_depths_of_any_size(depths, window, device):
+    """A node's position need not be behind the prefix: windows go by positions wherever these are."""
+    case = Case([[-1, 0, 0, 1], [-1, 0]], [9, 6])
+    layout = trees.tree_layout(case.tree)._replace(depths=ints(*depths))
+    want = case.run(layout=layout, window=window, return_lse=True, backend="reference")
+    layout = TreeLayout(*(value.to(device) for value in layout))
+    for a, b in zip(case.run(device, layout=layout, window=window, return_lse=True), want, strict=True):
+        torch.testing.assert_close(a.cpu(), b, atol=1e-5, rtol=1e-5)
+
+
+def test_extreme_scales_sinks_and_caps(device):
+    case = Case([[-1, 0, 0, 1], [-1, 0]], [9, 6])
+    for options in (
+        {"sinks": torch.full((4,), 1e10)},
+        {"sinks": torch.tensor([3e9, -3e9, 0.0, 1e30])},
+        {"softcap": 1e-30},
+        {"k_scale": torch.tensor([1.0, NAN])},
+    ):
+        want = case.run(**options, backend="reference")
+        moved = {
+            name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in options.items()
+        }
+        torch.testing.assert_close(case.run(device, **moved).cpu(), want, atol=1e-5, rtol=1e-5, equal_nan=True)
+
+
+def test_debug_checks_look_at_the_owners_blocks(monkeypatch):
+    case, shared = family([5, 5, 5, 5], [0, 0, 0, 0])
+    caches = case.paged(4)
+    table = caches["block_table"]
+    table[1:, 0] = -1  # slots 0..3 are all shared: a member's own table may say anything there
+    monkeypatch.setattr(attention, "DEBUG", True)
+    case.run(shared=shared, **caches)
+    with pytest.raises(ValueError, match=r"block_table: expected blocks in 0\.\."):
+        case.run(**caches)
+    table[1:, 0], table[0, 0] = table[0, 0].clone(), -1
+    with pytest.raises(ValueError, match=r"block_table: expected blocks in 0\.\.\d+ of the owner"):
+        case.run(shared=shared, **caches)
+    with pytest.raises(ValueError, match="prefix_lens: expected prefix and tree within"):
+        Case([[-1], [-1]], [9, 3]).run(prefix_lens=ints(2**31 - 1, 3))
 
 
 @pytest.mark.parametrize(

@@ -253,3 +253,22 @@ def some_clusters():
 def test_bad_arguments_are_named(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_a_weight_with_a_broken_row_is_named():
+    weight = torch.randn(200, 8, generator=torch.Generator().manual_seed(0))
+    weight[3, 0] = float("nan")
+    with pytest.raises(ValueError, match="weight: expected finite rows; this row is not one, got 3 at index 3"):
+        sk.cluster_rows(weight, 8)
+
+
+def test_a_cluster_without_rows_is_not_picked():
+    weight = torch.randn(14, 2, generator=torch.Generator().manual_seed(209)) + torch.tensor([2.0, 0.0])
+    made = sk.cluster_rows(weight, 6, seed=209)
+    empty = made._replace(
+        rows=torch.cat([made.rows, torch.full_like(made.rows[:1], -1)]),
+        centroids=torch.cat([made.centroids, torch.zeros(1, 2)]),
+        spreads=torch.cat([made.spreads, torch.zeros(1)]),
+    )
+    hidden = torch.randn(500, 2, generator=torch.Generator().manual_seed(1))
+    assert (sk.route(hidden, empty, 1).rows >= 0).any(1).all()

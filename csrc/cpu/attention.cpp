@@ -236,21 +236,13 @@ class Job : JobRows<Math> {
   Ahead next_keys_, next_values_;
 };
 
-// Two bytes a number where the tier multiplies pairs of bf16, and nothing is lost by it.
-SPECDEC_INLINE bool takes_bf16(const AttentionArgs& args) {
-#if defined(SPECDEC_TIER_AVX512BF16)
-  return args.query_type == DType::kBf16 && args.cache_type != CacheType::kFloat && args.cache_type != CacheType::kHalf;
-#else
-  (void)args;
-  return false;
-#endif
-}
-
 int64_t scratch_bytes(const AttentionArgs& args) { return Scratch(args, nullptr).bytes; }
 
 void attend(const AttentionArgs& args, const AttentionJob& job, void* scratch) {
 #if defined(SPECDEC_TIER_AVX512BF16)
-  if (takes_bf16(args)) return Job<Bf16Math>(args, job, scratch).run();
+  // Two bytes a number where nothing is lost by it.
+  if (args.query_type == DType::kBf16 && args.cache_type != CacheType::kFloat && args.cache_type != CacheType::kHalf)
+    return Job<Bf16Math>(args, job, scratch).run();
 #endif
   Job<FloatMath>(args, job, scratch).run();
 }

@@ -1,8 +1,9 @@
 // Attention of draft trees against a KV cache, in jobs: some query rows against some slots of one KV head.
 //
 // A row is one query head of one node; the heads that share a KV head stand side by side, so every slot is read once
-// for all of them. Slots are cut where a multiple of kAttentionSplit stands, whatever the rows, the batch or the number
-// of threads, and each cut leaves a partial result that `merge` adds in the order of the slots.
+// for all of them. Slots are cut where a multiple of kAttentionSplit stands, or of twice as many where the request, or
+// the requests that share a prefix, have many rows; never by what else is in the batch or by the number of threads.
+// Each cut leaves a partial result that `merge` adds in the order of the slots.
 #pragma once
 
 #include <stdint.h>
@@ -12,7 +13,7 @@
 namespace specdec {
 
 constexpr int64_t kAttentionBlock = 64;    // slots that are scored at a time: their visibility is one 64-bit word
-constexpr int64_t kAttentionSplit = 1024;  // slots that one job reads, twice as many where it has many rows
+constexpr int64_t kAttentionSplit = 1024;  // slots that one job reads; see above
 
 enum class CacheType : int32_t { kFloat, kBf16, kHalf, kE4m3, kE5m2, kInt8 };
 

@@ -27,7 +27,7 @@ class JobRows {
     if (args.keys.scale != nullptr) factor *= args.keys.scale[job.at.kv_head];
     negative_ = factor < 0.0;
     // Scores that are all equal still need a factor under which -inf stays what it is.
-    factor = __builtin_fabs(factor) > 0x1p-120 ? __builtin_fabs(factor) : 0x1p-120;
+    factor = __builtin_fabs(factor) < 0x1p-120 ? 0x1p-120 : __builtin_fabs(factor);
     scale_ = {static_cast<float>(factor * kLog2E), 0.0f, 0.0f};
     if (args.softcap != 0.0)
       scale_ = {1.0f, static_cast<float>(factor / args.softcap), static_cast<float>(args.softcap * kLog2E)};

@@ -21,8 +21,10 @@ void merge_row(const AttentionArgs& args, const AttentionMerge& merge, int64_t r
   const bool nothing = most == kNothingSeen;
   const bool sinks = args.sinks != nullptr;
   const double sink = sinks ? args.sinks[head] * kLog2E : 0.0;
-  if (sinks && sink > most) most = static_cast<float>(-__builtin_floor(-sink));
-  double total = sinks ? __builtin_exp2(sink - most) : 0.0;
+  const bool leads = sinks && sink > most;
+  if (leads) most = static_cast<float>(-__builtin_floor(-sink));
+  // Where floats are further apart than whole numbers, the sink is as good as what it was rounded to.
+  double total = leads && sink >= 0x1p23 ? 1.0 : sinks ? __builtin_exp2(sink - most) : 0.0;
   for_parts([&](float* part) {
     float factor[kWidth];
     store(factor, exp2(set1(part[padded] - most)));

@@ -2,8 +2,9 @@
 //
 // A piece is what is merged together: some rows of one KV head, with the slots that their requests share and those of
 // each request. Pieces go in waves, so that partial results take bounded memory however long the caches are. Neither
-// waves nor how many rows a job takes change a result: rows are computed alone, and slots are cut at places that depend
-// on the request alone (where it shares a prefix, on the requests that share it).
+// waves nor how many rows a job takes change a result (of finite values: whether an infinite one with a weight of 0
+// makes a row NaN depends on whether all rows of its job see it): rows are computed alone, and slots are cut at places
+// that depend on the request alone (where it shares a prefix, on the requests that share it).
 #pragma once
 
 #include <torch/csrc/stable/ops.h>

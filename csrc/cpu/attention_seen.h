@@ -47,8 +47,8 @@ inline uint64_t seen_slots(const AttentionArgs& args, const AttentionJob& job, c
   const int64_t end = node.prefix + node.size, high = end < job.last_slot ? end : job.last_slot;
   tree &= slots_between(low - start, high - start);
   // Positions, not slots: siblings stand at different slots but at one distance.
-  const int64_t depth = args.depths == nullptr ? 0 : args.depths[node.node];
-  if (args.window != 0 && depth >= args.window) {
+  if (args.window != 0) {
+    const int64_t depth = args.depths[node.node];
     for (uint64_t left = tree; left != 0; left &= left - 1) {
       const int bit = __builtin_ctzll(left);
       if (depth - args.depths[node.first + j + bit] >= args.window) tree &= ~(uint64_t{1} << bit);

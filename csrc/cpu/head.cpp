@@ -49,7 +49,8 @@ void finish(const HeadArgs& args, int64_t b) {
   if (args.lse != nullptr) {
     constexpr double kLn2 = 0x1.62e42fefa39efp-1;
     const double bits = __builtin_log2(sums.sum);
-    const double entropy = kLn2 * (bits - sums.weighted / sums.sum);
+    // To a grid, because near 0 two sums of about 1 cancel, and their last bits tell how the rows were cut.
+    const double entropy = __builtin_rint(kLn2 * (bits - sums.weighted / sums.sum) * 0x1p30) * 0x1p-30;
     args.lse[b] = static_cast<float>(sums.sum == 0.0 ? sums.anchor : kLn2 * (sums.anchor + bits));
     // Rounding must not take it below 0; a NaN stays.
     args.entropy[b] = static_cast<float>(sums.sum == 0.0 || entropy < 0.0 ? 0.0 : entropy);

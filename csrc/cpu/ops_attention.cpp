@@ -180,8 +180,8 @@ std::tuple<Tensor, Tensor> tree_attention(const Tensor& query, const Tensor& key
   args.bits = words.data;
   args.words = bits.size(1);
   args.scale = scale;
-  args.softcap = softcap;
-  args.window = std::max<int64_t>(window, 0);
+  args.softcap = softcap == 0.0 ? 0.0 : std::max(softcap, 1e-30);  // not 0 in fp32, which would be off
+  args.window = std::clamp<int64_t>(window, 0, int64_t{1} << 33);  // more than any two positions can differ
   args.sinks = sink.data;
   args.query_heads = heads;
   const int64_t columns = (std::max(args.keys.columns, args.values.columns) + 31) / 32 * 32;
@@ -215,7 +215,7 @@ std::tuple<Tensor, Tensor> tree_attention(const Tensor& query, const Tensor& key
       if (r.shared == 0) r.source = -1;
     }
     if (args.window > 0) {
-      r.lowest = r.prefix + size;
+      r.lowest = r.prefix;
       for (int64_t i = 0; i < size; ++i)
         r.lowest = std::min<int64_t>(r.lowest, r.prefix + depth.data[first + i] - args.window + 1);
       r.lowest = std::max<int64_t>(r.lowest, 0);

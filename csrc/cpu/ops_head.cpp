@@ -59,18 +59,18 @@ HeadWeight kind_of(const Tensor& weight, const Tensor& hidden) {
   }
 }
 
-// Groups of columns of an int4 weight; 0 of any other.
+// Groups of columns of an int4 weight; -1 of any other.
 int64_t groups_of(const Tensor& weight, const Tensor& hidden) {
-  return kind_of(weight, hidden) == HeadWeight::kInt4 ? (hidden.size(1) + kHeadColumns - 1) / kHeadColumns : 0;
+  return kind_of(weight, hidden) == HeadWeight::kInt4 ? (hidden.size(1) + kHeadColumns - 1) / kHeadColumns : -1;
 }
 
 // `size` numbers, or `size` rows of `width`, contiguous and kept alive; null where there are none.
 template <class T>
 struct Values {
-  Values(const char* name, const MaybeTensor& tensor, ScalarType type, int64_t size, int64_t width = 0) {
+  Values(const char* name, const MaybeTensor& tensor, ScalarType type, int64_t size, int64_t width = -1) {
     if (!tensor) return;
-    check(tensor->is_cpu() && tensor->dim() == (width > 0 ? 2 : 1) && tensor->size(0) == size &&
-              (width == 0 || tensor->size(1) == width) && tensor->scalar_type() == type,
+    check(tensor->is_cpu() && tensor->dim() == (width >= 0 ? 2 : 1) && tensor->size(0) == size &&
+              (width < 0 || tensor->size(1) == width) && tensor->scalar_type() == type,
           name, ": expected a CPU tensor whose shape and dtype fit the other arguments");
     kept = torch::stable::contiguous(*tensor);
     data = static_cast<const T*>(kept->const_data_ptr());

@@ -147,6 +147,7 @@ def _draw(head: Head, hidden: Tensor, level: Level, method: str, rng: Philox, te
     top = torch.nn.functional.pad(top, (0, k - 1 - top.shape[1]), value=-1)  # a trimmed head may have fewer rows
     outside = (step.tokens[:, :, None] != top[:, None, :]).all(2)
     rest = step.tokens.gather(1, outside.int().argmax(1, keepdim=True))
+    rest = torch.where(outside.any(1, keepdim=True), rest, -1)  # a head of fewer than k rows has none left
     return torch.cat([top, rest], 1), step.all_logits
 
 

@@ -120,6 +120,10 @@ class LowRankHead(Head):
         up = self.weight.values if isinstance(self.weight, QuantizedHead) else self.weight
         if len(up) != height:
             raise ValueError(f"factors: expected {height} rows of the second, as the model's head has, got {len(up)}")
+        if isinstance(self.weight, QuantizedHead) and self.scale is not None:
+            # All rows of a model's head share one factor.
+            self.weight = self.weight._replace(scales=self.weight.scales * self.scale[0])
+            self.scale = None
 
     @property
     def bytes_read(self) -> int:
