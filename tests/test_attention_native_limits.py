@@ -121,7 +121,7 @@ def test_extra_memory_is_bounded(tmp_path):
 
 
 @pytest.mark.skipif("SPECDEC_CPU_ISA" in os.environ, reason="this process is for one instruction set already")
-@pytest.mark.parametrize("isa", TIERS[:-1])
+@pytest.mark.parametrize("isa", [pytest.param(t, marks=[] if t == "avx2" else [pytest.mark.full]) for t in TIERS[:-1]])
 def test_random_trees_in_every_other_tier(isa):
     tests = str(ROOT / "tests" / "test_attention_native.py")
     some = "random_trees or shared_prefixes or usual or eight_bits or reach_it"

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 CSRC = ROOT / "csrc"
 ARCHITECTURES = ("80", "90", "100")
 SOURCES = [
-    pytest.param(path, marks=[pytest.mark.full] if path.name == "head_quantised.cu" else [])  # six large kernels
+    pytest.param(path, marks=[pytest.mark.full] if path.name in ("head_quantised.cu", "head_plain.cu") else [])  # large
     for path in sorted((CSRC / "cuda").glob("*.cu"))
 ]
 
