@@ -75,12 +75,7 @@ class Job : JobRows<Math> {
       // A weight of 0 does not silence a NaN: what only some rows see must not reach the others.
       broken = take_out_broken(values, s_.value_columns, seen & ~by_all);
     }
-#if defined(SPECDEC_TIER_AVX512BF16)
-    if constexpr (Math::kPack == 2) {
-      pack_pairs(values_, slots_, args_.values.columns, s_.packed, s_.value_columns);
-      values_ = {s_.packed, s_.value_columns * 4};
-    }
-#endif
+    packed_ = Math::kPack == 1;
     find_next(start + kAttentionBlock);
     for (int64_t set = 0; set < sets_; set += 2) {
       const bool both = set + 1 < sets_;
@@ -98,12 +93,34 @@ class Job : JobRows<Math> {
     return {static_cast<const char*>(cache.data) + slot_start(args_, job_, cache, start) * kSize, cache.slot * kSize};
   }
 
+  // Values in pairs of slots, once in a block: after its first scores, by when they have arrived from memory.
+  __attribute__((noinline)) void pack_values() {
+#if defined(SPECDEC_TIER_AVX512BF16)
+    if (packed_) return;
+    pack_pairs(values_, slots_, args_.values.columns, s_.packed, s_.value_columns);
+    values_ = {s_.packed, s_.value_columns * 4};
+    packed_ = true;
+#endif
+  }
+
   void find_next(int64_t start) {
     next_keys_ = next_values_ = {};
     if (start + kAttentionBlock > job_.last_slot || !lies_ready<Element>(args_, args_.keys)) return;
     const View keys = in_place(args_.keys, start), values = in_place(args_.values, start);
     next_keys_ = {keys.data, keys.stride};
     next_values_ = {values.data, values.stride};
+    start += kAttentionBlock;
+    if (start + kAttentionBlock > job_.last_slot) return;
+    touch_pages(in_place(args_.keys, start));
+    touch_pages(in_place(args_.values, start));
+  }
+
+  // A line of each page of a block, so that its translation is known when the rest is fetched.
+  static void touch_pages(View rows) {
+    constexpr int64_t kPage = 4096;
+    const int64_t step = rows.stride < kPage ? kPage : rows.stride;
+    for (int64_t byte = 0; byte < kAttentionBlock * rows.stride; byte += step)
+      __builtin_prefetch(rows.data + byte, 0, 2);
   }
 
   bool any_seen(int64_t from, int64_t to) const {
@@ -139,6 +156,7 @@ class Job : JobRows<Math> {
       soften_lanes<Math>(s_.scores + i * kScores, slots_, scale_.factor, whole ? nullptr : low, high, s_.most + row,
                          s_.sum + row, shrink + i * kWidth, weights + i * kWeights);
     }
+    pack_values();
     const Words by = {weights, kWeights, kWidth * 4}, columns = {values_.data, 4, values_.stride};
     const int64_t steps = slots_ / Math::kPack;
     if (fetches)
@@ -167,6 +185,7 @@ class Job : JobRows<Math> {
       soften_row<Math>(s_.scores + r * kAttentionBlock, slots_, scale_.factor, whole ? ~uint64_t{0} : s_.seen[row],
                        s_.most + row, s_.sum + row, shrink + r, weights + r * kAttentionBlock);
     }
+    pack_values();
     for (int64_t r = 0; r < rest_; r += 4) {
       const Words spread = {reinterpret_cast<const char*>(weights + r * kAttentionBlock), kWeights, 4};
       float* values = s_.rest_values + r * s_.value_columns;
@@ -232,6 +251,7 @@ class Job : JobRows<Math> {
   }
 
   int64_t all_from_, all_to_, slots_;
+  bool packed_;
   View keys_, values_;
   Ahead next_keys_, next_values_;
 };
