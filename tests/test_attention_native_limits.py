@@ -2,14 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
-import json
 import os
-import platform
-import shutil
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +11,7 @@ import torch.nn.functional as F
 
 import specdec_kernels as sk
 from attention_cases import Case
+from malloc_peak import peak, peaks_of, report
 from specdec_kernels import SharedPrefix, backends
 from verify_backends import ROOT, in_another_process
 
@@ -89,30 +84,16 @@ def calls():
 
 def measure() -> dict[str, int]:
     """Peak bytes of each call beyond what was in use before it and its outputs."""
-    counter = ctypes.CDLL(None)
-    counter.malloc_reset.restype = counter.malloc_peak.restype = ctypes.c_long
     mega = torch.zeros(2**20, dtype=torch.bfloat16)
     peaks = {}
     for name, outputs, call in [("4 MiB", 0, mega.float), *calls()]:
-        call()  # what is made once and kept does not count
-        before = counter.malloc_reset()
-        call()
-        peaks[name] = counter.malloc_peak() - before - outputs
+        peaks[name] = peak(call)[0] - outputs
     return peaks
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the counter stands in front of glibc's malloc")
 def test_extra_memory_is_bounded(tmp_path):
     """A little for each thread, and 16 MiB of partial results however long the caches and large the batches are."""
-    compiler = shutil.which(os.environ.get("CXX", "c++"))
-    if compiler is None:
-        pytest.skip("no compiler for the counter")
-    library, source = tmp_path / "malloc_peak.so", Path(__file__).with_name("malloc_peak.cpp")
-    subprocess.run([compiler, "-std=c++17", "-O2", "-shared", "-fPIC", "-o", library, source], check=True)
-    environment = {**os.environ, "LD_PRELOAD": str(library), "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    peaks = json.loads(done.stdout)
+    peaks = peaks_of(__file__, tmp_path)
     assert peaks.pop("4 MiB") >= 4 * 2**20, "the counter sees what torch allocates"
     assert len(peaks) == 6
     threads = torch.get_num_threads()
@@ -129,4 +110,4 @@ def test_random_trees_in_every_other_tier(isa):
 
 
 if __name__ == "__main__":
-    print(json.dumps(measure()))
+    report(measure)

@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-import ctypes
-import json
 import math
-import os
-import platform
-import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 import specdec_kernels as sk
 from head_cases import inputs, logits64, lse_and_entropy
+from malloc_peak import peak, peaks_of, report
 from specdec_kernels import backends
 
 MISSING = backends.MISSING["cpu"]
@@ -156,29 +149,15 @@ def calls():
 
 def measure() -> dict[str, int]:
     """Peak bytes of each call beyond what was in use before it."""
-    counter = ctypes.CDLL(None)
-    counter.malloc_reset.restype = counter.malloc_peak.restype = ctypes.c_long
     torch.set_num_threads(2)
     peaks = {}
     for name, call in calls():
-        call()  # what is made once and kept does not count
-        before = counter.malloc_reset()
-        call()
-        peaks[name] = counter.malloc_peak() - before
+        peaks[name] = peak(call)[0]
     return peaks
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the counter stands in front of glibc's malloc")
 def test_no_logits_and_no_copy_of_the_weight(tmp_path):
-    compiler = shutil.which(os.environ.get("CXX", "c++"))
-    if compiler is None:
-        pytest.skip("no compiler for the counter")
-    library, source = tmp_path / "malloc_peak.so", Path(__file__).with_name("malloc_peak.cpp")
-    subprocess.run([compiler, "-std=c++17", "-O2", "-shared", "-fPIC", "-o", library, source], check=True)
-    environment = {**os.environ, "LD_PRELOAD": str(library), "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    peaks = json.loads(done.stdout)
+    peaks = peaks_of(__file__, tmp_path)
     logits = 4 * BATCH * HEIGHT
     # Three fp64 sums for every 240 rows of a request, a block's products of 64 vectors for each thread, small lists.
     limit = 24 * BATCH * (HEIGHT // 240 + 1) + 2 * 4 * 64 * 240 + 2**17
@@ -189,4 +168,4 @@ def test_no_logits_and_no_copy_of_the_weight(tmp_path):
 
 
 if __name__ == "__main__":
-    print(json.dumps(measure()))
+    report(measure)

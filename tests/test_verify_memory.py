@@ -2,19 +2,11 @@
 
 from __future__ import annotations
 
-import ctypes
-import json
-import os
-import platform
-import shutil
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
 import specdec_kernels as sk
+from malloc_peak import peak, peaks_of, report
 from specdec_kernels import backends
 from tree_cases import FORM_IDS, FORMS, Case, Spec, random_case
 from verify_margins import assert_same_walks
@@ -64,29 +56,15 @@ def calls():
 
 def measure() -> dict[str, int]:
     """Peak bytes of each call beyond what was in use before it."""
-    counter = ctypes.CDLL(None)
-    counter.malloc_reset.restype = counter.malloc_peak.restype = ctypes.c_long
     row = torch.zeros(VOCABULARY, dtype=torch.bfloat16)
     peaks = {}
     for name, call in [("one row in fp32", row.float), *calls()]:
-        call()  # what is made once and kept does not count
-        before = counter.malloc_reset()
-        call()
-        peaks[name] = counter.malloc_peak() - before
+        peaks[name] = peak(call)[0]
     return peaks
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the counter stands in front of glibc's malloc")
 def test_extra_memory_does_not_grow_with_the_vocabulary(tmp_path):
-    compiler = shutil.which(os.environ.get("CXX", "c++"))
-    if compiler is None:
-        pytest.skip("no compiler for the counter")
-    library, source = tmp_path / "malloc_peak.so", Path(__file__).with_name("malloc_peak.cpp")
-    subprocess.run([compiler, "-std=c++17", "-O2", "-shared", "-fPIC", "-o", library, source], check=True)
-    environment = {**os.environ, "LD_PRELOAD": str(library), "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    peaks = json.loads(done.stdout)
+    peaks = peaks_of(__file__, tmp_path)
     assert peaks.pop("one row in fp32") >= 4 * VOCABULARY, "the counter sees what torch allocates"
     assert len(peaks) == len(FORMS) * len(VARIANTS)
     limit = 2**20 + 64 * BATCH * len(SHAPE)
@@ -125,4 +103,4 @@ def test_rows_beyond_two_to_the_31_elements(method, chain):
 
 
 if __name__ == "__main__":
-    print(json.dumps(measure()))
+    report(measure)
