@@ -105,3 +105,11 @@ def test_parts_without_a_distribution(backend):
     part = sk.head_part(hidden[:1], weight, 2, bias=bias, backend=backend)
     assert part.sums[0].tolist() == [-math.inf, 0.0, 0.0] and (part.tokens == -1).all()
     assert (part.logits == -math.inf).all() and (part.keys == -math.inf).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("form", ["int8", "int4", "fp8"])
+def test_a_quantised_weight_without_columns(backend, form):
+    head = sk.quantize_head(torch.zeros(5, 0), form)
+    got = sk.head_topk(torch.zeros(2, 0), head, 2, backend=backend)
+    assert got.tokens.tolist() == [[0, 1], [0, 1]] and (got.logits == 0).all()

@@ -6,18 +6,14 @@
 #include <algorithm>
 #include <cstdint>
 #include <limits>
-#include <optional>
 #include <tuple>
 #include <vector>
 
 #include "attention_plan.h"
+#include "op_args.h"
 
 namespace specdec {
 namespace {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using MaybeTensor = std::optional<Tensor>;
 
 constexpr int64_t kJobElements = int64_t{1} << 15;    // of a job's rows: their sums stay in the second level cache
 constexpr int64_t kWorkPerThread = int64_t{1} << 20;  // multiply-adds that are worth waking one for
@@ -26,21 +22,6 @@ template <class... Message>
 void check(bool ok, const Message&... message) {
   STD_TORCH_CHECK(ok, "tree_attention: ", message...);
 }
-
-// A vector of numbers, contiguous and kept alive; null where there is none.
-template <class T>
-struct Values {
-  Values(const char* name, const MaybeTensor& tensor, ScalarType type, int64_t size) {
-    if (!tensor) return;
-    check(tensor->is_cpu() && tensor->numel() == size && tensor->scalar_type() == type, name,
-          ": expected a CPU tensor whose shape and dtype fit the other arguments");
-    kept = torch::stable::contiguous(*tensor);
-    data = static_cast<const T*>(kept->const_data_ptr());
-  }
-
-  MaybeTensor kept;
-  const T* data = nullptr;
-};
 
 // A few floats of any dtype, in fp32.
 struct Floats {
@@ -77,19 +58,6 @@ struct Floats {
   std::vector<float> kept;
   const float* data = nullptr;
 };
-
-DType query_type(const Tensor& query) {
-  switch (query.scalar_type()) {
-    case ScalarType::Float:
-      return DType::kFloat;
-    case ScalarType::BFloat16:
-      return DType::kBf16;
-    case ScalarType::Half:
-      return DType::kHalf;
-    default:
-      STD_TORCH_CHECK(false, "tree_attention: query: expected float32, bfloat16 or float16");
-  }
-}
 
 CacheType cache_type(const Tensor& cache) {
   switch (cache.scalar_type()) {
@@ -146,7 +114,7 @@ std::tuple<Tensor, Tensor> tree_attention(const Tensor& query, const Tensor& key
   check(shared_groups.has_value() == shared_lens.has_value(), "shared_lens: expected with shared_groups");
 
   AttentionArgs args{};
-  args.query_type = query_type(query);
+  args.query_type = dtype_of("query", query);
   args.cache_type = cache_type(key_cache);
   args.group = heads / kv_heads;
   const Tensor rows = query.stride(2) == 1 || query.size(2) == 1 ? query : torch::stable::contiguous(query);
@@ -170,12 +138,12 @@ std::tuple<Tensor, Tensor> tree_attention(const Tensor& query, const Tensor& key
     args.page = key_cache.size(1);
     room = args.pages == 0 ? 0 : args.table_width * args.page;
   }
-  const Values<int32_t> depth("depths", depths, ScalarType::Int, nodes),
-      starts("cu_nodes", cu_nodes, ScalarType::Int, batch + 1),
-      prefixes("prefix_lens", prefix_lens, ScalarType::Int, batch),
-      groups("shared_groups", shared_groups, ScalarType::Int, batch),
-      lengths("shared_lens", shared_lens, ScalarType::Int, batch);
-  const Values<uint64_t> words("bits", bits, ScalarType::Long, nodes * bits.size(1));
+  const Values<int32_t> depth("depths", depths, ScalarType::Int, {nodes}),
+      starts("cu_nodes", cu_nodes, ScalarType::Int, {batch + 1}),
+      prefixes("prefix_lens", prefix_lens, ScalarType::Int, {batch}),
+      groups("shared_groups", shared_groups, ScalarType::Int, {batch}),
+      lengths("shared_lens", shared_lens, ScalarType::Int, {batch});
+  const Values<uint64_t> words("bits", bits, ScalarType::Long, {nodes, bits.size(1)});
   args.depths = depth.data;
   args.bits = words.data;
   args.words = bits.size(1);

@@ -6,20 +6,17 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
-#include <optional>
 #include <tuple>
 #include <utility>
 #include <vector>
 
 #include "head.h"
+#include "op_args.h"
 #include "tiers.h"
 
 namespace specdec {
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using MaybeTensor = std::optional<Tensor>;
 using Results = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 using Part = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
@@ -29,19 +26,6 @@ constexpr int64_t kWorkPerTask = 1 << 18;
 template <class... Message>
 void check(bool ok, const Message&... message) {
   STD_TORCH_CHECK(ok, "head: ", message...);
-}
-
-DType dtype_of(const char* name, const Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float:
-      return DType::kFloat;
-    case ScalarType::BFloat16:
-      return DType::kBf16;
-    case ScalarType::Half:
-      return DType::kHalf;
-    default:
-      STD_TORCH_CHECK(false, "head: ", name, ": expected float32, bfloat16 or float16");
-  }
 }
 
 HeadWeight kind_of(const Tensor& weight, const Tensor& hidden) {
@@ -59,26 +43,14 @@ HeadWeight kind_of(const Tensor& weight, const Tensor& hidden) {
   }
 }
 
-// Groups of columns of an int4 weight; -1 of any other.
-int64_t groups_of(const Tensor& weight, const Tensor& hidden) {
-  return kind_of(weight, hidden) == HeadWeight::kInt4 ? (hidden.size(1) + kHeadColumns - 1) / kHeadColumns : -1;
+// Groups of columns of an int4 weight.
+int64_t groups_of(const Tensor& hidden) { return (hidden.size(1) + kHeadColumns - 1) / kHeadColumns; }
+
+// [V], of an int4 weight [V, G].
+std::vector<int64_t> scale_shape(const Tensor& weight, const Tensor& hidden) {
+  if (kind_of(weight, hidden) != HeadWeight::kInt4) return {weight.size(0)};
+  return {weight.size(0), groups_of(hidden)};
 }
-
-// `size` numbers, or `size` rows of `width`, contiguous and kept alive; null where there are none.
-template <class T>
-struct Values {
-  Values(const char* name, const MaybeTensor& tensor, ScalarType type, int64_t size, int64_t width = -1) {
-    if (!tensor) return;
-    check(tensor->is_cpu() && tensor->dim() == (width >= 0 ? 2 : 1) && tensor->size(0) == size &&
-              (width < 0 || tensor->size(1) == width) && tensor->scalar_type() == type,
-          name, ": expected a CPU tensor whose shape and dtype fit the other arguments");
-    kept = torch::stable::contiguous(*tensor);
-    data = static_cast<const T*>(kept->const_data_ptr());
-  }
-
-  MaybeTensor kept;
-  const T* data = nullptr;
-};
 
 // Pieces of one allocation, each on a cache line of its own.
 class Scratch {
@@ -104,9 +76,9 @@ class Scratch {
 // The streams of a draw; without a seed nothing is drawn.
 struct Streams {
   Streams(int64_t batch, const MaybeTensor& seed, const MaybeTensor& offset, const MaybeTensor& row)
-      : seeds("seed", seed, ScalarType::Long, batch),
-        offsets("offset", offset, ScalarType::Long, batch),
-        rows("row", row, ScalarType::Int, batch) {
+      : seeds("seed", seed, ScalarType::Long, {batch}),
+        offsets("offset", offset, ScalarType::Long, {batch}),
+        rows("row", row, ScalarType::Int, {batch}) {
     check(seed.has_value() == offset.has_value(), "offset: expected with a seed, and only with one");
   }
 
@@ -121,11 +93,11 @@ class Head {
        const MaybeTensor& row_groups, const MaybeTensor& token_ids, const MaybeTensor& bias, const MaybeTensor& scale,
        double temperature, const MaybeTensor& temperatures)
       : hidden_(hidden),
-        groups_("row_groups", row_groups, ScalarType::Int, hidden.size(0)),
-        ids_("token_ids", token_ids, ScalarType::Int, weight.size(0)),
-        biases_("bias", bias, bias ? bias->scalar_type() : ScalarType::Float, weight.size(0)),
-        scales_("scale", scale, ScalarType::Float, weight.size(0), groups_of(weight, hidden)),
-        temperatures_("temperatures", temperatures, ScalarType::Float, hidden.size(0)) {
+        groups_("row_groups", row_groups, ScalarType::Int, {hidden.size(0)}),
+        ids_("token_ids", token_ids, ScalarType::Int, {weight.size(0)}),
+        biases_("bias", bias, bias ? bias->scalar_type() : ScalarType::Float, {weight.size(0)}),
+        scales_("scale", scale, ScalarType::Float, scale_shape(weight, hidden)),
+        temperatures_("temperatures", temperatures, ScalarType::Float, {hidden.size(0)}) {
     check(k >= 1 && k <= kHeadMostK, "k: expected 1..", kHeadMostK, ", got ", k);
     args.k = static_cast<int>(k);
     args.dtype = dtype_of("hidden", hidden);
@@ -188,7 +160,7 @@ class Head {
  private:
   void take_weight(const Tensor& weight) {
     args.kind = kind_of(weight, hidden_);
-    check(weight.size(1) == (args.kind == HeadWeight::kInt4 ? groups_of(weight, hidden_) * kHeadColumns / 2 : args.dim),
+    check(weight.size(1) == (args.kind == HeadWeight::kInt4 ? groups_of(hidden_) * kHeadColumns / 2 : args.dim),
           "weight: expected [V, D], or 64 bytes for every 128 columns of int4");
     check(args.kind == HeadWeight::kPlain || scales_.kept,
           "scale: expected the scales of a quantised weight, got none");

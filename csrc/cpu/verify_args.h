@@ -11,41 +11,15 @@
 #include <utility>
 #include <vector>
 
+#include "op_args.h"
 #include "specdec/verify_schema.h"
 #include "verify_rows.h"
 
 namespace specdec {
 
-using torch::headeronly::ScalarType;
-
 inline void check(bool ok, const std::string& message) {
   if (!ok) throw std::runtime_error("verify: " + message);
 }
-
-// The public functions word these checks for people; here they only keep a direct call of an op in bounds.
-inline void check_fits(const std::string& name, const Tensor& tensor, const std::vector<int64_t>& shape) {
-  bool fits = tensor.is_cpu() && tensor.dim() == static_cast<int64_t>(shape.size());
-  for (size_t i = 0; fits && i < shape.size(); ++i) fits = tensor.size(i) == shape[i];
-  check(fits, name + ": expected a CPU tensor whose shape fits the other arguments");
-}
-
-// The elements of a small tensor, contiguous and kept alive; null where there is no tensor.
-template <class T>
-struct Values {
-  Values(const std::string& name, const MaybeTensor& tensor, ScalarType type, const std::vector<int64_t>& shape) {
-    if (!tensor) return;
-    check_fits(name, *tensor, shape);
-    check(tensor->scalar_type() == type, name + ": unexpected dtype");
-    kept = tensor->is_contiguous() ? *tensor : torch::stable::contiguous(*tensor);
-    data = static_cast<const T*>(kept->const_data_ptr());
-  }
-
-  // The elements from `first` on, null where there are none.
-  const T* from(int64_t first) const { return data ? data + first : nullptr; }
-
-  MaybeTensor kept;
-  const T* data = nullptr;
-};
 
 // Rows are read where they lie, whatever the stride between them; only columns that do not lie side by side are copied.
 inline Tensor with_unit_columns(const Tensor& tensor) {
@@ -84,13 +58,6 @@ class Logits {
   LogitRows rows;
 
  private:
-  static DType dtype_of(const std::string& name, const Tensor& logits) {
-    const ScalarType type = logits.scalar_type();
-    check(type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half,
-          name + ": expected float32, bfloat16 or float16");
-    return type == ScalarType::Float ? DType::kFloat : type == ScalarType::Half ? DType::kHalf : DType::kBf16;
-  }
-
   const char* keep(const Tensor& tensor, int64_t* stride) {
     kept_.push_back(with_unit_columns(tensor));
     *stride = kept_.back().stride(0) * static_cast<int64_t>(tensor.element_size());
