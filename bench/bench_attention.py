@@ -28,6 +28,7 @@ class Problem:
         self.query = torch.randn(nodes, Q_HEADS, SIZE, generator=generator).to(dtype)
         # Keys and values in one tensor, so that its bytes are what has to be read.
         self.cache = torch.randn(2, 1, KV_HEADS, prefix + nodes, SIZE, generator=generator).to(dtype)
+        self.keys, self.values = self.cache
         parents = torch.tensor([(node - 1) // 2 if node else -1 for node in range(nodes)], dtype=torch.int32)
         cu_nodes = torch.tensor([0, nodes], dtype=torch.int32)
         self.tree = sk.DraftTree(parents, parents, cu_nodes, nodes, nodes)
@@ -38,11 +39,11 @@ class Problem:
         self.mask[:, prefix:] = (self.layout.ancestor_bits[:, index >> 6] >> (index & 63) & 1).bool()
 
     def ours(self):
-        return sk.tree_attention(self.query, *self.cache, self.tree, self.prefix_lens, layout=self.layout)
+        return sk.tree_attention(self.query, self.keys, self.values, self.tree, self.prefix_lens, layout=self.layout)
 
     def sdpa(self) -> dict:
         nodes, sdpa = len(self.query), F.scaled_dot_product_attention
-        keys, values = self.cache
+        keys, values = self.keys, self.values
         by_head = self.query.transpose(0, 1)[None].contiguous()
         folded = self.query.view(nodes, KV_HEADS, GROUP, SIZE).permute(1, 2, 0, 3).reshape(1, KV_HEADS, -1, SIZE)
         repeated = [cache.repeat_interleave(GROUP, 1) for cache in self.cache]
@@ -86,16 +87,17 @@ def test_plain_decoding(benchmark, dtype, prefix):
     problem = Problem(dtype, 1, prefix)
     layers = torch.empty(-(-(2**28) // problem.cache.nbytes), *problem.cache.shape, dtype=dtype)
     layers[:] = problem.cache
+    caches = [tuple(layer) for layer in layers]
 
     def ours():
-        for keys, values in layers:
+        for keys, values in caches:
             sk.tree_attention(
                 problem.query, keys, values, problem.tree, problem.prefix_lens, layout=problem.layout
             )  # fmt: skip
 
     def sdpa():
         query = problem.query.view(1, KV_HEADS, GROUP, SIZE)
-        for keys, values in layers:
+        for keys, values in caches:
             F.scaled_dot_product_attention(query, keys, values)
 
     compare(benchmark, ours, {"sdpa_folded": sdpa}, memory=layers, bytes_read=layers.nbytes)

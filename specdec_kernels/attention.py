@@ -115,6 +115,67 @@ def tree_attention(
             values (parents, cu_nodes, prefix_lens, block_table, shared) run under SPECDEC_DEBUG=1.
         BackendError: `backend` cannot serve the call.
     """
+    sizes = _fit(query, key_cache, value_cache, tree, prefix_lens, block_table, mask_bits, layout, shared, sinks)
+    if window is not None:
+        check_int("window", window, 1)
+    scale = _number("scale", 1.0 / math.sqrt(sizes["D"]) if scale is None else scale)
+    softcap = 0.0 if softcap is None else _number("softcap", softcap)
+    if softcap < 0:
+        raise ValueError(f"softcap: expected a number >= 0 or None, got {softcap}")
+    k_scale = _head_scale("k_scale", k_scale, sizes, query)
+    v_scale = _head_scale("v_scale", v_scale, sizes, query)
+    if DEBUG:
+        _debug_checks(tree, prefix_lens, block_table, shared, sizes)
+    if layout is None:
+        layout = tree_layout(tree)
+    bits = layout.ancestor_bits if mask_bits is None else mask_bits
+    facts = {"dtype": query.dtype, "cache_dtype": key_cache.dtype, "sizes": (sizes["D"], sizes["Dv"])}
+    op = library.overload("tree_attention", backends.select("tree_attention", query.device.type, backend, **facts))
+    out, lse = op(
+        query, key_cache, value_cache, layout.depths, bits, tree.cu_nodes, tree.max_nodes, prefix_lens, block_table,
+        *(shared or (None, None)), scale, window or 0, softcap, sinks, k_scale, v_scale, return_lse,
+    )  # fmt: skip
+    return (out, lse) if return_lse else out
+
+
+# Sizes of arguments that fitted, by what was looked at. The layers of a model bring the same shapes over and over, and to
+# look at a dozen tensors one by one takes longer than a short attention.
+_FITTING: dict[tuple, dict[str, int]] = {}
+_MOST_FITTING = 4096
+
+
+def _fit(*arguments) -> dict[str, int]:
+    if DEBUG or torch.compiler.is_compiling():
+        return _check(*arguments)
+    try:
+        key = _looks(*arguments)
+        sizes = _FITTING.get(key)
+    except (AttributeError, TypeError):  # something that is no tensor, or sizes that are symbols
+        return _check(*arguments)
+    if sizes is None:
+        sizes = _check(*arguments)
+        if len(_FITTING) >= _MOST_FITTING:
+            _FITTING.clear()
+        _FITTING[key] = sizes
+    return sizes
+
+
+def _looks(query, key_cache, value_cache, tree, prefix_lens, block_table, mask_bits, layout, shared, sinks) -> tuple:
+    """All that `_check` looks at."""
+    tensors = [query, key_cache, value_cache, tree.parents, tree.cu_nodes, prefix_lens, block_table, mask_bits, sinks]
+    if layout is not None:
+        tensors += layout.depths, layout.ancestor_bits
+    if shared is not None:
+        tensors += None, shared.groups, shared.lens
+    bounds = tree.max_nodes, tree.max_depth
+    # A bool equals an int, and is no bound.
+    return (*[t if t is None else (t.shape, t.dtype, t.device) for t in tensors], *bounds, *map(type, bounds))
+
+
+def _check(
+    query, key_cache, value_cache, tree, prefix_lens, block_table, mask_bits, layout, shared, sinks
+) -> dict[str, int]:
+    """The sizes of tensors that fit each other."""
     sizes: dict[str, int] = {}
     check_tensor("query", query, sizes, "N Hq D", REFERENCE_FLOATS)
     device = query.device
@@ -147,28 +208,9 @@ def tree_attention(
             raise TypeError(f"shared: expected a SharedPrefix, got {type(shared).__name__}")
         check_tensor("shared.groups", shared.groups, sizes, "B", INT32, device)
         check_tensor("shared.lens", shared.lens, sizes, "B", INT32, device)
-    if window is not None:
-        check_int("window", window, 1)
-    scale = _number("scale", 1.0 / math.sqrt(sizes["D"]) if scale is None else scale)
-    softcap = 0.0 if softcap is None else _number("softcap", softcap)
-    if softcap < 0:
-        raise ValueError(f"softcap: expected a number >= 0 or None, got {softcap}")
     if sinks is not None:
         check_tensor("sinks", sinks, sizes, "Hq", REFERENCE_FLOATS, device)
-    k_scale = _head_scale("k_scale", k_scale, sizes, query)
-    v_scale = _head_scale("v_scale", v_scale, sizes, query)
-    if DEBUG:
-        _debug_checks(tree, prefix_lens, block_table, shared, sizes)
-    if layout is None:
-        layout = tree_layout(tree)
-    bits = layout.ancestor_bits if mask_bits is None else mask_bits
-    facts = {"dtype": query.dtype, "cache_dtype": key_cache.dtype, "sizes": (sizes["D"], sizes["Dv"])}
-    op = library.overload("tree_attention", backends.select("tree_attention", device.type, backend, **facts))
-    out, lse = op(
-        query, key_cache, value_cache, layout.depths, bits, tree.cu_nodes, tree.max_nodes, prefix_lens, block_table,
-        *(shared or (None, None)), scale, window or 0, softcap, sinks, k_scale, v_scale, return_lse,
-    )  # fmt: skip
-    return (out, lse) if return_lse else out
+    return sizes
 
 
 def _number(name: str, value) -> float:

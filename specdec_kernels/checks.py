@@ -31,17 +31,17 @@ def check_tensor(name: str, value, sizes: dict[str, int], shape: str, dtypes, de
     if value.dtype not in dtypes:
         expected = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
         raise TypeError(f"{name}: expected dtype {expected}, got {str(value.dtype).removeprefix('torch.')}")
-    names = shape.split()
-    if value.ndim != len(names):
-        raise ValueError(f"{name}: expected shape [{', '.join(names)}], got {list(value.shape)}")
-    for axis, size in zip(names, value.shape, strict=True):
-        if axis.isdigit():
-            wanted = int(axis)
-        else:
-            wanted = sizes.setdefault(axis, size)
+    names, got = shape.split(), value.shape
+    if len(names) != len(got):
+        raise ValueError(f"{name}: expected shape [{', '.join(names)}], got {list(got)}")
+    # Every op pays for this on each of its tensors, so what is looked up is looked up once.
+    for axis, size in zip(names, got):  # noqa: B905
+        wanted = sizes.get(axis)
+        if wanted is None:
+            wanted = sizes[axis] = int(axis) if axis.isdigit() else size
         if wanted != size:
             expected = ", ".join(n if n.isdigit() or n not in sizes else f"{n}={sizes[n]}" for n in names)
-            raise ValueError(f"{name}: expected shape [{expected}], got {list(value.shape)}")
+            raise ValueError(f"{name}: expected shape [{expected}], got {list(got)}")
     if device is not None and value.device != device:
         raise ValueError(f"{name}: expected device {device}, got {value.device}")
 

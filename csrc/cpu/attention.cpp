@@ -1,6 +1,7 @@
 // One job: blocks of slots, each scored, softened and multiplied with its values while it is in the cache.
 #include "attention.h"
 
+#include "attention_few.h"
 #include "attention_job.h"
 #include "attention_merge.h"
 
@@ -13,6 +14,7 @@ class Job : JobRows<Math> {
   using Rows::args_, Rows::job_, Rows::s_, Rows::sets_, Rows::rest_, Rows::key_words_, Rows::scale_;
   using Rows::node_of, Rows::rest_stride, Rows::start, Rows::write;
   using typename Rows::Element;
+  static constexpr int64_t kSize = sizeof(Element);
 
  public:
   Job(const AttentionArgs& args, const AttentionJob& job, void* scratch) : JobRows<Math>(args, job, scratch) {}
@@ -61,22 +63,22 @@ class Job : JobRows<Math> {
     slots_ = round_up(64 - __builtin_clzll(seen), 16);
     uint64_t broken = 0;
     keys_ = {s_.keys, rest_stride()};
-    values_ = {s_.values, s_.value_columns * static_cast<int64_t>(sizeof(Element))};
+    values_ = {s_.values, s_.value_columns * kSize};
     if (whole && lies_ready<Element>(args_, args_.keys) && args_.keys.columns % Math::kPack == 0)
-      keys_ = in_place(args_.keys, start);
+      keys_ = in_place(job_, args_.keys, start);
     else
       stage_block(args_, job_, args_.keys, start, slots_, seen, reinterpret_cast<Element*>(s_.keys), s_.key_columns);
     if (whole && lies_ready<Element>(args_, args_.values) &&
         (Math::kPack > 1 || args_.values.columns == s_.value_columns)) {
-      values_ = in_place(args_.values, start);
+      values_ = in_place(job_, args_.values, start);
     } else {
       auto* values = reinterpret_cast<Element*>(s_.values);
       stage_block(args_, job_, args_.values, start, slots_, seen, values, s_.value_columns);
       // A weight of 0 does not silence a NaN: what only some rows see must not reach the others.
       broken = take_out_broken(values, s_.value_columns, seen & ~by_all);
     }
-    packed_ = Math::kPack == 1;
-    find_next(start + kAttentionBlock);
+    packed_ = false;
+    find_next(start);
     for (int64_t set = 0; set < sets_; set += 2) {
       const bool both = set + 1 < sets_;
       if (!whole && !any_seen(set * kWidth, (set + 1 + both) * kWidth)) continue;
@@ -88,31 +90,40 @@ class Job : JobRows<Math> {
     for (; broken != 0; broken &= broken - 1) add_broken(start, __builtin_ctzll(broken));
   }
 
-  View in_place(const AttentionCache& cache, int64_t start) const {
-    constexpr int64_t kSize = sizeof(Element);
-    return {static_cast<const char*>(cache.data) + slot_start(args_, job_, cache, start) * kSize, cache.slot * kSize};
+  View in_place(const AttentionJob& job, const AttentionCache& cache, int64_t start) const {
+    return {static_cast<const char*>(cache.data) + slot_start(args_, job, cache, start) * kSize, cache.slot * kSize};
   }
 
-  // Values in pairs of slots, once in a block: after its first scores, by when they have arrived from memory.
-  __attribute__((noinline)) void pack_values() {
+  // Values as sets read them: in pairs of slots, which are made once in a block, after its first scores, by when the
+  // rows have arrived from memory.
+  __attribute__((noinline)) View set_values() {
 #if defined(SPECDEC_TIER_AVX512BF16)
-    if (packed_) return;
-    pack_pairs(values_, slots_, args_.values.columns, s_.packed, s_.value_columns);
-    values_ = {s_.packed, s_.value_columns * 4};
-    packed_ = true;
+    if constexpr (Math::kPack > 1) {
+      if (!packed_) pack_pairs(values_, slots_, args_.values.columns, s_.packed, s_.value_columns);
+      packed_ = true;
+      return {s_.packed, s_.value_columns * 4};
+    }
 #endif
+    return values_;
   }
 
+  // The whole block behind the one at `start`, which may be the first of the thread's next job.
   void find_next(int64_t start) {
     next_keys_ = next_values_ = {};
-    if (start + kAttentionBlock > job_.last_slot || !lies_ready<Element>(args_, args_.keys)) return;
-    const View keys = in_place(args_.keys, start), values = in_place(args_.values, start);
-    next_keys_ = {keys.data, keys.stride};
-    next_values_ = {values.data, values.stride};
+    if (!lies_ready<Element>(args_, args_.keys)) return;
+    const AttentionJob* job = &job_;
     start += kAttentionBlock;
-    if (start + kAttentionBlock > job_.last_slot) return;
-    touch_pages(in_place(args_.keys, start));
-    touch_pages(in_place(args_.values, start));
+    if (start + kAttentionBlock > job->last_slot && job->following != nullptr) {
+      job = job->following;
+      start = round_up(job->first_slot, kAttentionBlock);
+    }
+    if (start + kAttentionBlock > job->last_slot) return;
+    next_keys_ = Ahead(in_place(*job, args_.keys, start), args_.keys.columns * kSize);
+    next_values_ = Ahead(in_place(*job, args_.values, start), args_.values.columns * kSize);
+    start += kAttentionBlock;
+    if (start + kAttentionBlock > job->last_slot) return;
+    touch_pages(in_place(*job, args_.keys, start));
+    touch_pages(in_place(*job, args_.values, start));
   }
 
   // A line of each page of a block, so that its translation is known when the rest is fetched.
@@ -134,11 +145,11 @@ class Job : JobRows<Math> {
     constexpr int64_t kScores = kAttentionBlock * kWidth, kWeights = kScores / Math::kPack * 4;
     const char* query = s_.lane_query + first * key_words_ * kWidth * 4;
     const Words keys = {keys_.data, keys_.stride, 4}, rows = {query, key_words_ * kWidth * 4, kWidth * 4};
-    const bool fetches = first == 0 && next_keys_.data != nullptr;
+    const bool fetches = first == 0 && next_keys_;
     constexpr int kRows = kTileSums / Sets;
     if (fetches)
       multiply<Math, Sets>(keys, rows, slots_, key_words_, s_.scores, kWidth, kScores, NewSums{},
-                           FetchRows<kRows>{next_keys_});
+                           FetchAhead<kRows>{next_keys_});
     else
       multiply<Math, Sets>(keys, rows, slots_, key_words_, s_.scores, kWidth, kScores, NewSums{}, FetchNothing{});
     if (scale_.limit != 0.0f)
@@ -156,12 +167,12 @@ class Job : JobRows<Math> {
       soften_lanes<Math>(s_.scores + i * kScores, slots_, scale_.factor, whole ? nullptr : low, high, s_.most + row,
                          s_.sum + row, shrink + i * kWidth, weights + i * kWeights);
     }
-    pack_values();
-    const Words by = {weights, kWeights, kWidth * 4}, columns = {values_.data, 4, values_.stride};
+    const View packed = set_values();
+    const Words by = {weights, kWeights, kWidth * 4}, columns = {packed.data, 4, packed.stride};
     const int64_t steps = slots_ / Math::kPack;
     if (fetches)
       multiply<Math, Sets>(columns, by, s_.value_columns, steps, values, kWidth, kWidth * s_.value_columns,
-                           JoinLanes{shrink}, FetchColumns<kRows>{next_values_, steps, kAttentionBlock});
+                           JoinLanes{shrink}, FetchAhead<kRows>{next_values_});
     else
       multiply<Math, Sets>(columns, by, s_.value_columns, steps, values, kWidth, kWidth * s_.value_columns,
                            JoinLanes{shrink}, FetchNothing{});
@@ -170,13 +181,14 @@ class Job : JobRows<Math> {
   void rest(bool whole) {
     auto* weights = reinterpret_cast<Element*>(s_.weights);
     if constexpr (Math::kPack == 1) weights = reinterpret_cast<Element*>(s_.scores);
-    constexpr int64_t kWeights = kAttentionBlock * static_cast<int64_t>(sizeof(Element));
     const char* query = s_.rest_query;
+    const SlotOrder order(whole);
+    Ahead none;
     float* scores = s_.scores;
     for (int64_t r = 0; r < rest_; r += 4, query += 4 * rest_stride(), scores += 4 * kAttentionBlock)
       with_rows(rest_ - r, [&](auto rows) {
-        dot_rows<Math, decltype(rows)::kRows>(keys_.data, keys_.stride, slots_, query, rest_stride(),
-                                              args_.keys.columns, scores, sets_ == 0 && r == 0 ? next_keys_ : Ahead{});
+        dot_rows<Math, decltype(rows)::kRows>(keys_, order, slots_, query, rest_stride(), args_.keys.columns, scores,
+                                              sets_ == 0 && r == 0 ? next_keys_ : none);
       });
     if (scale_.limit != 0.0f) cap_scores(scale_, s_.scores, rest_ * kAttentionBlock);
     float shrink[kMostRest + 4] = {};
@@ -185,33 +197,26 @@ class Job : JobRows<Math> {
       soften_row<Math>(s_.scores + r * kAttentionBlock, slots_, scale_.factor, whole ? ~uint64_t{0} : s_.seen[row],
                        s_.most + row, s_.sum + row, shrink + r, weights + r * kAttentionBlock);
     }
-    pack_values();
-    for (int64_t r = 0; r < rest_; r += 4) {
-      const Words spread = {reinterpret_cast<const char*>(weights + r * kAttentionBlock), kWeights, 4};
-      float* values = s_.rest_values + r * s_.value_columns;
-      const JoinRows join = {shrink + r};
+    for (int64_t r = 0; r < rest_; r += 4)
       with_rows(rest_ - r, [&](auto rows) {
-        constexpr int kRows = decltype(rows)::kRows, kVectors = kWidth == 16 ? 4 : 2;
-        int64_t d = 0;
-        for (; d + kVectors * kWidth <= s_.value_columns; d += kVectors * kWidth) {
-          const Words columns = {values_.data + d * 4, kWidth * 4, values_.stride};
-          const int64_t steps = slots_ / Math::kPack;
-          if (sets_ == 0 && r == 0 && next_values_.data != nullptr)
-            multiply_tile<Math, kRows, kVectors>(
-                spread, columns, steps, values + d, s_.value_columns, kWidth, join,
-                [ahead = next_values_, d](int64_t k) __attribute__((always_inline)) {
-                  constexpr int64_t kSize = sizeof(Element), kLines = kVectors * kWidth * kSize / 64;
-                  for (int64_t i = 0; i < kLines * Math::kPack; ++i)
-                    ahead.fetch(k * Math::kPack + i / kLines, d * kSize / 64 + i % kLines);
-                });
-          else
-            multiply_tile<Math, kRows, kVectors>(spread, columns, steps, values + d, s_.value_columns, kWidth, join,
-                                                 FetchNothing::Tile{});
-        }
-        for (; d < s_.value_columns; d += kWidth)
-          multiply_tile<Math, kRows, 1>(spread, {values_.data + d * 4, 0, values_.stride}, slots_ / Math::kPack,
-                                        values + d, s_.value_columns, 0, join, FetchNothing::Tile{});
+        add_rows<decltype(rows)::kRows>(weights + r * kAttentionBlock, order, shrink + r,
+                                        s_.rest_values + r * s_.value_columns,
+                                        sets_ == 0 && r == 0 ? next_values_ : none);
       });
+  }
+
+  // The values of a few rows.
+  template <int Rows>
+  void add_rows(const Element* weights, SlotOrder order, const float* shrink, float* values, Ahead& ahead) {
+    constexpr int kVectors = kWidth == 16 ? 4 : 2, kLeast = Math::kPack;
+    View rows = values_;
+    for (int64_t d = 0, step; d < s_.value_columns; d += step, rows.data += step * kSize) {
+      const int64_t left = args_.values.columns - d;
+      const bool many = s_.value_columns - d >= kVectors * kWidth || (Math::kPack > 1 && left > kLeast * kWidth);
+      const auto add = many ? add_columns<Math, Rows, kVectors> : add_columns<Math, Rows, kLeast>;
+      add(weights, rows, order, slots_, Math::kPack > 1 ? left : s_.value_columns - d, shrink, values + d,
+          s_.value_columns, ahead);
+      step = (many ? kVectors : kLeast) * kWidth;
     }
   }
 

@@ -68,6 +68,7 @@ struct AttentionJob {
   int64_t first_slot, last_slot;
   bool shared;     // these are slots that several requests share
   float* partial;  // of each row: weighted values, then (most, sum): scores are relative to 2^most
+  const AttentionJob* following;  // what this thread does next, or null: its first slots are fetched in good time
 };
 
 // Partial results of the same rows: those of shared slots first.

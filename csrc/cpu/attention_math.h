@@ -1,6 +1,7 @@
-// Products of attention: one micro-kernel for scores and for values, and dot products for a few rows. For tier files.
+// Products of attention with rows in lanes: one micro-kernel for scores and for values. For tier files only.
 #pragma once
 
+#include "attention.h"
 #include "simd.h"
 
 namespace specdec::SPECDEC_TIER {
@@ -55,53 +56,52 @@ struct Words {
   int64_t step;  // to the next term of the sum
 };
 
+struct View {
+  const char* data;
+  int64_t stride;  // bytes from one slot to the next
+};
+
+// Memory serves four streams faster than one, so a block is fetched, and read by few rows, a quarter beside another.
+constexpr int64_t kStreams = 4, kStreamSlots = kAttentionBlock / kStreams;
+
 // Rows of the next block, which are fetched into the second level cache while this one is worked on, little by little:
 // the first level could not hold them, and whoever waits for memory and then computes is half as fast.
-struct Ahead {
-  const char* data;  // null: there is nothing to fetch
-  int64_t stride;
+class Ahead {
+ public:
+  Ahead() = default;
+  Ahead(View rows, int64_t bytes) : at_(rows.data), end_(rows.data + bytes), stride_(rows.stride), bytes_(bytes) {}
 
-  void inline __attribute__((always_inline)) fetch(int64_t row, int64_t line) const {
-    __builtin_prefetch(data + row * stride + line * 64, 0, 2);
+  explicit operator bool() const { return at_ != nullptr; }
+  // A line of each stream.
+  void inline __attribute__((always_inline)) fetch() {
+    const char* p = at_;
+    for (int i = 0; i < kStreams; ++i, p += kStreamSlots * stride_) __builtin_prefetch(p, 0, 2);
+    at_ += 64;
+    if (at_ >= end_) {
+      end_ += stride_;
+      at_ = end_ - bytes_;
+    }
   }
+
+ private:
+  const char *at_ = nullptr, *end_ = nullptr;
+  int64_t stride_ = 0, bytes_ = 0;
 };
 
-// What a tile of Rows rows fetches in each of its steps: `tile(i)` is asked once, with the tile's first row.
+// What is fetched in step k of a tile of `Rows` rows, so that all of a block is when all tiles have been.
 struct FetchNothing {
-  struct Tile {
-    void inline __attribute__((always_inline)) operator()(int64_t) const {}
-  };
-  Tile tile(int64_t) const { return {}; }
+  void inline __attribute__((always_inline)) operator()(int64_t) {}
 };
-// For rows that are slots. A row has a line for every 16 words: the tile's rows take turns, a line of each.
 template <int Rows>
-struct FetchRows {
+struct FetchAhead {
   Ahead ahead;
-
-  struct Tile {
-    Ahead ahead;
-    void inline __attribute__((always_inline)) operator()(int64_t k) const { ahead.fetch(k % 16 * Rows / 16, k / 16); }
-  };
-  Tile tile(int64_t i) const { return {{ahead.data + i * ahead.stride, ahead.stride}}; }
-};
-// For rows that are columns, where `steps` walk the slots: 16 rows for each of which a line of some slots is fetched.
-template <int Rows>
-struct FetchColumns {
-  Ahead ahead;
-  int64_t steps, slots;
-
-  struct Tile {
-    Ahead ahead;
-    void inline __attribute__((always_inline)) operator()(int64_t k) const { ahead.fetch(k * Rows / 16, 0); }
-  };
-  Tile tile(int64_t i) const {
-    const int64_t before = i * steps / 16;
-    return {{ahead.data + before % slots * ahead.stride + before / slots * 64, ahead.stride}};
+  void inline __attribute__((always_inline)) operator()(int64_t k) {
+    if ((k & (64 / Rows - 1)) == 0) ahead.fetch();
   }
 };
 
 // What becomes of a finished sum: scores are new, values join what the blocks before have left, which `shrink` brings
-// to the softmax's new reference. One factor for each lane of a vector, or one for each row.
+// to the softmax's new reference, with a factor for each lane.
 struct NewSums {
   static constexpr bool kIsLong = true;
   Vec inline __attribute__((always_inline)) operator()(Vec sum, const float*, int64_t, int) const { return sum; }
@@ -113,28 +113,26 @@ struct JoinLanes {
     return fma(load(old), load(shrink + vector * kWidth), sum);
   }
 };
-struct JoinRows {
-  static constexpr bool kIsLong = false;
-  const float* shrink;
-  Vec inline __attribute__((always_inline)) operator()(Vec sum, const float* old, int64_t row, int) const {
-    return fma(load(old), set1(shrink[row]), sum);
-  }
-};
 
 // Long sums are taken of this many terms at a time, and then added: one chain would lose digits that others keep.
 template <typename Math>
 constexpr int64_t kChain = 32 * Math::kPack;
 
 // sums[i, v] = join(sum over k of word (i, k) of `a`, spread over the lanes, times vector (v, k) of `b`).
-template <typename Math, int Rows, int Vectors, typename Join, typename FetchTile>
+template <typename Math, int Rows, int Vectors, typename Join, typename Fetch>
 SPECDEC_INLINE void multiply_tile(Words a, Words b, int64_t steps, float* sums, int64_t row, int64_t vector, Join join,
-                                  FetchTile fetch) {
+                                  Fetch& fetch) {
+  // Rows that lie apart by 1, 2 and 3 times a stride are addresses of one register, which is hidden from the compiler
+  // each time it moves on: it would keep a pointer for every row, most of them out of registers.
+  constexpr int kBeside = Rows < 4 ? Rows : 4, kBases = Rows / kBeside;
   int64_t from = 0;
   do {
     Vec acc[Rows][Vectors];
     for (auto& sums_of_row : acc)
       for (Vec& sum : sums_of_row) sum = set1(0.0f);
     const int64_t to = Join::kIsLong && from + kChain<Math> < steps ? from + kChain<Math> : steps;
+    const char* base[kBases];
+    for (int i = 0; i < kBases; ++i) base[i] = a.data + i * kBeside * a.row + from * a.step;
     for (int64_t k = from; k < to; ++k) {
       fetch(k);
       decltype(Math::words(b.data)) x[Vectors];
@@ -142,9 +140,14 @@ SPECDEC_INLINE void multiply_tile(Words a, Words b, int64_t steps, float* sums, 
       for (int v = 0; v < Vectors; ++v) x[v] = Math::words(b.data + v * b.row + k * b.step);
 #pragma GCC unroll 16
       for (int i = 0; i < Rows; ++i) {
-        const auto w = Math::spread(a.data + i * a.row + k * a.step);
+        const auto w = Math::spread(base[i / kBeside] + i % kBeside * a.row);
 #pragma GCC unroll 4
         for (int v = 0; v < Vectors; ++v) acc[i][v] = Math::step(w, x[v], acc[i][v]);
+      }
+#pragma GCC unroll 16
+      for (const char*& p : base) {
+        p += a.step;
+        __asm__("" : "+r"(p));
       }
     }
 #pragma GCC unroll 16
@@ -160,47 +163,14 @@ SPECDEC_INLINE void multiply_tile(Words a, Words b, int64_t steps, float* sums, 
 
 // The same for any multiple of kTileSums / Vectors rows; 16 sums fill the registers of AVX-512, 8 those of AVX2.
 constexpr int kTileSums = kWidth == 16 ? 16 : 8;
+// Not inlined: among what else a job keeps in registers, the addresses of the inner loop would have to leave them.
 template <typename Math, int Vectors, typename Join, typename Fetch>
-SPECDEC_INLINE void multiply(Words a, Words b, int64_t rows, int64_t steps, float* sums, int64_t row, int64_t vector,
+__attribute__((noinline)) void multiply(Words a, Words b, int64_t rows, int64_t steps, float* sums, int64_t row, int64_t vector,
                              Join join, Fetch fetch) {
   constexpr int kRows = kTileSums / Vectors;
   for (int64_t i = 0; i < rows; i += kRows)
     multiply_tile<Math, kRows, Vectors>({a.data + i * a.row, a.row, a.step}, b, steps, sums + i * row, row, vector,
-                                        join, fetch.tile(i));
-}
-
-// scores[r * kAttentionBlock + i] = key i . query r, for a number of keys that kWidth divides. `query` is padded with
-// zeros to whole registers, the keys are not.
-template <typename Math, int Rows>
-SPECDEC_INLINE void dot_rows(const char* keys, int64_t stride, int64_t count, const char* query, int64_t query_stride,
-                             int64_t dim, float* scores, Ahead ahead) {
-  constexpr int kKeys = kWidth / Rows > 0 ? kWidth / Rows : 1;
-  constexpr int64_t kBytes = Math::kStep * static_cast<int64_t>(sizeof(typename Math::Element));
-  const int rest = static_cast<int>(dim % Math::kStep);
-  for (int64_t i = 0; i < count; i += kKeys, keys += kKeys * stride) {
-    Vec acc[Rows * kKeys];
-    for (Vec& sum : acc) sum = set1(0.0f);
-    int64_t d = 0;
-    const auto add_products = [&](auto load_key) __attribute__((always_inline)) {
-      decltype(Math::words(query)) x[Rows];
-#pragma GCC unroll 4
-      for (int r = 0; r < Rows; ++r) x[r] = Math::words(query + r * query_stride + d);
-#pragma GCC unroll 16
-      for (int j = 0; j < kKeys; ++j) {
-        const auto key = load_key(keys + j * stride + d);
-        if (ahead.data != nullptr && d % 64 == 0) ahead.fetch(i + j, d / 64);
-#pragma GCC unroll 4
-        for (int r = 0; r < Rows; ++r) acc[r * kKeys + j] = Math::step(key, x[r], acc[r * kKeys + j]);
-      }
-    };
-    for (int64_t n = dim / Math::kStep; n > 0; --n, d += kBytes)
-      add_products([](const char* p) { return Math::words(p); });
-    if (rest != 0) add_products([&](const char* p) { return Math::words(p, rest); });
-    float sums[kWidth];
-    store(sums, sums_of(acc));
-    for (int r = 0; r < Rows; ++r)
-      __builtin_memcpy(scores + r * kAttentionBlock + i, sums + r * kKeys, kKeys * sizeof(float));
-  }
+                                        join, fetch);
 }
 
 }  // namespace specdec::SPECDEC_TIER

@@ -152,8 +152,9 @@ class AttentionPlan {
       rows = std::max(kFewestRows, rows / 2 / kFewestRows * kFewestRows);
       jobs = jobs_of(first, last, rows);
     }
-    for_each(jobs.size(), [&](size_t i, int64_t thread) {
+    for_each(jobs.size(), [&](size_t i, size_t following, int64_t thread) {
       AttentionJob job = jobs[i];
+      job.following = following < jobs.size() ? &jobs[following] : nullptr;
       char* scratch = scratch_ + thread * thread_bytes_;
       const bool at_once = job.partial == nullptr;
       if (at_once) job.partial = reinterpret_cast<float*>(scratch + scratch_bytes_);
@@ -161,7 +162,7 @@ class AttentionPlan {
       if (at_once) kernel_.merge(args_, {job.at, {nullptr, job.partial}, {0, 1}, {0, 0}});
     });
     const std::vector<AttentionMerge> merges = merges_of(first, last);
-    for_each(merges.size(), [&](size_t i, int64_t) { kernel_.merge(args_, merges[i]); });
+    for_each(merges.size(), [&](size_t i, size_t, int64_t) { kernel_.merge(args_, merges[i]); });
   }
 
   std::vector<AttentionJob> jobs_of(size_t first, size_t last, int64_t rows_of_job) const {
@@ -178,6 +179,7 @@ class AttentionPlan {
                 std::max(start, span.first_slot),
                 split + 1 == splits ? span.last_slot : start + span.split,
                 span.shared,
+                nullptr,
                 nullptr};
             if (!pieces_[i].is_one_job_wide())
               job.partial = partial_ + span.partial + (split * span.rows + row) * args_.partial_stride;
@@ -210,14 +212,19 @@ class AttentionPlan {
     return merges;
   }
 
-  // Threads take the next one when they are done with the last: cores differ, and some are disturbed.
+  // Threads take the next one when they are done with the last: cores differ, and some are disturbed. They take it one
+  // ahead, so that it can be fetched: work(i, following, thread).
   template <class F>
   void for_each(size_t count, const F& work) const {
     std::atomic<size_t> next{0};
     torch::stable::parallel_for(0, std::min(threads_, static_cast<int64_t>(count)), 1,
                                 [&](int64_t first, int64_t last) {
-                                  for (int64_t thread = first; thread < last; ++thread)
-                                    for (size_t i; (i = next.fetch_add(1)) < count;) work(i, thread);
+                                  for (int64_t thread = first; thread < last; ++thread) {
+                                    for (size_t i = next.fetch_add(1), following; i < count; i = following) {
+                                      following = next.fetch_add(1);
+                                      work(i, following, thread);
+                                    }
+                                  }
                                 });
   }
 

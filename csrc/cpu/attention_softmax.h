@@ -113,12 +113,15 @@ SPECDEC_INLINE void soften_row(float* scores, int64_t slots, float factor, uint6
   const Vec m = max(reference_of<Math>(highest), before), reference = sub(set1(0.0f), m);
   Vec total = set1(0.0f);
   for (int64_t i = 0; i < slots; i += kWidth) {
-    const Vec p = exp2(fma(load(scores + i), set1(factor), reference));
-    total = add(total, p);
-    if constexpr (Math::kPack == 1)
+    Vec p = fma(load(scores + i), set1(factor), reference);
+    if constexpr (Math::kPack == 1) {
+      p = exp2(p);
       store(weights + i, p);
-    else
+    } else {
+      p = select(mask_of(static_cast<uint32_t>(seen >> i)), exp2_for_halves(p), set1(0.0f));
       store(weights + i, p, kWidth);
+    }
+    total = add(total, p);
   }
   store(most, m, 1);
   store(shrink, exp2(sub(before, m)), 1);

@@ -125,11 +125,6 @@ uint64_t take_out_broken(Element* rows, int64_t padded, uint64_t slots) {
   return broken;
 }
 
-struct View {
-  const char* data;
-  int64_t stride;  // bytes from one slot to the next
-};
-
 // A whole block that lies as the kernels want it: their element type, columns side by side, one stride.
 template <typename Element>
 SPECDEC_INLINE bool lies_ready(const AttentionArgs& args, const AttentionCache& cache) {
@@ -139,18 +134,29 @@ SPECDEC_INLINE bool lies_ready(const AttentionArgs& args, const AttentionCache& 
 }
 
 #if defined(SPECDEC_TIER_AVX512BF16)
-// Two slots at a time, their elements of one column side by side in a word: [slot / 2][padded].
+// What puts the elements of two slots side by side in a word for each column: those of the first and of the last 16
+// columns of 32.
+struct PairOrder {
+  __m512i low, high;
+
+  PairOrder() {
+    low = _mm512_add_epi32(_mm512_mullo_epi32(iota(), iset1(0x10001u)), iset1(0x200000u));
+    high = _mm512_add_epi32(low, iset1(0x100010u));
+  }
+};
+
+SPECDEC_INLINE __mmask32 some_columns(int64_t n) { return n >= 32 ? ~__mmask32{0} : n > 0 ? (__mmask32{1} << n) - 1 : 0; }
+
+// [slot / 2][padded], in pairs.
 SPECDEC_INLINE void pack_pairs(View rows, int64_t slots, int64_t columns, char* to, int64_t padded) {
-  const __m512i count = _mm512_add_epi32(_mm512_mullo_epi32(iota(), iset1(0x10001u)), iset1(0x200000u));
-  const __m512i low = count, high = _mm512_add_epi32(count, iset1(0x100010u));
+  const PairOrder order;
   for (int64_t i = 0; i < slots; i += 2, to += padded * 4) {
     const char *a = rows.data + i * rows.stride, *b = a + rows.stride;
     for (int64_t d = 0; d < padded; d += 32) {
-      const int64_t n = columns - d;
-      const __mmask32 some = n >= 32 ? ~__mmask32{0} : n > 0 ? (__mmask32{1} << n) - 1 : 0;
+      const __mmask32 some = some_columns(columns - d);
       const __m512i x = _mm512_maskz_loadu_epi16(some, a + 2 * d), y = _mm512_maskz_loadu_epi16(some, b + 2 * d);
-      _mm512_storeu_si512(to + 4 * d, _mm512_permutex2var_epi16(x, low, y));
-      if (d + 16 < padded) _mm512_storeu_si512(to + 4 * d + 64, _mm512_permutex2var_epi16(x, high, y));
+      _mm512_storeu_si512(to + 4 * d, _mm512_permutex2var_epi16(x, order.low, y));
+      if (d + 16 < padded) _mm512_storeu_si512(to + 4 * d + 64, _mm512_permutex2var_epi16(x, order.high, y));
     }
   }
 }
