@@ -11,6 +11,8 @@ TORCH_INDEX ?=
 # The interpreter for `make gpu`: a GPU machine often brings its own torch.
 GPU_PYTHON ?= $(PY)
 OUT ?= out
+# Processes that share the tests, a file each; each starts threads of its own, which must not spin while others work.
+TEST_WORKERS ?= 2
 
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check --no-input
@@ -18,6 +20,7 @@ PIP := $(PY) -m pip --disable-pip-version-check --no-input
 TORCH_STAMP := $(VENV)/.stamp-$(subst /,-,$(subst =,-,$(TORCH)))
 # Whatever is timed pins its threads: unpinned, short ops vary by more than what is measured.
 PINNED := OMP_PROC_BIND=true OMP_PLACES=cores
+TESTS := OMP_WAIT_POLICY=passive $(PY) -m pytest -n $(TEST_WORKERS) --dist loadfile
 CPP := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 # Tests of compiled code on small inputs, repeated for every instruction set and under sanitizers.
@@ -41,7 +44,7 @@ help:
 	@echo "make lint       ruff, clang-format"
 	@echo "make build      compile the extension modules in place"
 	@echo "make wheel      dist/*.whl"
-	@echo "Variables: PYTHON VENV TORCH TORCH_INDEX OUT PYTEST_ARGS DEMO_ARGS ACCEPTANCE_ARGS"
+	@echo "Variables: PYTHON VENV TORCH TORCH_INDEX OUT TEST_WORKERS PYTEST_ARGS DEMO_ARGS ACCEPTANCE_ARGS"
 
 $(TORCH_STAMP):
 	$(PYTHON) -m venv $(VENV)
@@ -67,15 +70,15 @@ demo: build
 	$(PINNED) $(PY) -m specdec_loop demo --out $(OUT)/demo.png $(DEMO_ARGS)
 
 test: $(VENV)/.stamp-dev build
-	$(PY) -m pytest -m "not full" $(PYTEST_ARGS)
+	$(TESTS) -m "not full" $(PYTEST_ARGS)
 
 # Every instruction set that this machine runs, then the same tests on a copy that is built with sanitizers.
 test-full: $(VENV)/.stamp-dev build sanitized
-	$(PY) -m pytest $(PYTEST_ARGS)
+	$(TESTS) $(PYTEST_ARGS)
 	tiers=$$($(PY) -c 'from specdec_kernels import _C; print(*_C.tiers())'); \
 	for tier in $$tiers; do \
 	    echo "== SPECDEC_CPU_ISA=$$tier"; \
-	    SPECDEC_CPU_ISA=$$tier $(PY) -m pytest -q $(NATIVE_TESTS); \
+	    SPECDEC_CPU_ISA=$$tier $(TESTS) -q $(NATIVE_TESTS); \
 	done; \
 	for tier in $$tiers; do \
 	    echo "== sanitizers, SPECDEC_CPU_ISA=$$tier"; \
