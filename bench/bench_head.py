@@ -70,7 +70,9 @@ def test_topk_of_the_whole_vocabulary(benchmark, dtype, dim, batch):
     x, w = hidden(batch, dtype, dim), weight(dtype, dim)
     # Beyond a few hidden vectors arithmetic is the limit, and reading for its own sake only takes time.
     limit = {"memory": w, "bytes_read": w.nbytes} if batch <= 4 else {}
-    rounds = 10 if batch == 1 else 5 if dtype == BF16 else 3
+    # What memory gives a shared machine changes by half within seconds, and with it what is measured: rounds go on for
+    # long enough to meet both kinds of them, so that each candidate has its best.
+    rounds = 100 if batch == 1 else 20 if dtype == BF16 else 5
     compare(
         benchmark,
         lambda: sk.head_topk(x, w, K),

@@ -50,8 +50,7 @@ template <typename Dot, int Rows, int Batch, int Ahead>
 __attribute__((noinline)) void dot_tile(const typename Dot::Weight* const* rows,
                                         const typename Dot::Weight* const* ahead, const typename Dot::Hidden* hidden,
                                         int64_t from, int64_t to, Vec* sums) {
-  // Of every two lines one is named and the hardware brings the other, so that more can be on their way.
-  constexpr int64_t kNamed = 128 / sizeof(typename Dot::Weight);
+  constexpr int64_t kPerLine = 64 / sizeof(typename Dot::Weight);
   Vec sum[Rows][Batch];
 #pragma GCC unroll 8
   for (int r = 0; r < Rows; ++r) {
@@ -67,7 +66,7 @@ __attribute__((noinline)) void dot_tile(const typename Dot::Weight* const* rows,
     for (int r = 0; r < Rows; ++r) {
       const typename Dot::Row w = Dot::row(rows[r] + d);
       // To the second level: a tile ahead is more than the first holds, and has many more fills in flight there.
-      if (r < Ahead && (Dot::kStep >= kNamed || d % kNamed == 0)) __builtin_prefetch(ahead[r] + d, 0, 2);
+      if (r < Ahead && (Dot::kStep >= kPerLine || d % kPerLine == 0)) __builtin_prefetch(ahead[r] + d, 0, 2);
 #pragma GCC unroll 4
       for (int b = 0; b < Batch; ++b) sum[r][b] = Dot::step(w, x[b], sum[r][b]);
     }

@@ -38,10 +38,13 @@ SPECDEC_INLINE void each_piece(const HeadArgs& args, const PackedLayout& layout,
   for (int64_t i = 0; i < layout.pieces; ++i) {
     const int64_t d = i * layout.columns;
     const int n = static_cast<int>(args.dim - d < layout.columns ? args.dim - d : layout.columns);
-    for (int j = 0; j < n; ++j) {
-      float lanes[kWidth];
-      store(lanes, load(hidden + (d + j) * args.hidden_strides[1], 1, 0.0f));
-      values[j] = lanes[0];
+    const int64_t step = args.hidden_strides[1];
+    for (int j = 0; j < n; j += kWidth) {
+      const T* from = hidden + (d + j) * step;
+      const int left = n - j < kWidth ? n - j : kWidth;
+      T gathered[kWidth] = {};
+      for (int lane = 0; lane < left && step != 1; ++lane) gathered[lane] = from[lane * step];
+      store(values + j, load(step == 1 ? from : gathered, left, 0.0f));
     }
     f(i, values, n);
   }
