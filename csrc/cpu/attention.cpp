@@ -182,12 +182,11 @@ class Job : JobRows<Math> {
     auto* weights = reinterpret_cast<Element*>(s_.weights);
     if constexpr (Math::kPack == 1) weights = reinterpret_cast<Element*>(s_.scores);
     const char* query = s_.rest_query;
-    const SlotOrder order(whole);
     Ahead none;
     float* scores = s_.scores;
     for (int64_t r = 0; r < rest_; r += 4, query += 4 * rest_stride(), scores += 4 * kAttentionBlock)
       with_rows(rest_ - r, [&](auto rows) {
-        dot_rows<Math, decltype(rows)::kRows>(keys_, order, slots_, query, rest_stride(), args_.keys.columns, scores,
+        dot_rows<Math, decltype(rows)::kRows>(keys_, slots_, query, rest_stride(), args_.keys.columns, scores,
                                               sets_ == 0 && r == 0 ? next_keys_ : none);
       });
     if (scale_.limit != 0.0f) cap_scores(scale_, s_.scores, rest_ * kAttentionBlock);
@@ -199,7 +198,7 @@ class Job : JobRows<Math> {
     }
     for (int64_t r = 0; r < rest_; r += 4)
       with_rows(rest_ - r, [&](auto rows) {
-        add_rows<decltype(rows)::kRows>(weights + r * kAttentionBlock, order, shrink + r,
+        add_rows<decltype(rows)::kRows>(weights + r * kAttentionBlock, shrink + r,
                                         s_.rest_values + r * s_.value_columns,
                                         sets_ == 0 && r == 0 ? next_values_ : none);
       });
@@ -207,14 +206,14 @@ class Job : JobRows<Math> {
 
   // The values of a few rows.
   template <int Rows>
-  void add_rows(const Element* weights, SlotOrder order, const float* shrink, float* values, Ahead& ahead) {
+  void add_rows(const Element* weights, const float* shrink, float* values, Ahead& ahead) {
     constexpr int kVectors = kWidth == 16 ? 4 : 2, kLeast = Math::kPack;
     View rows = values_;
     for (int64_t d = 0, step; d < s_.value_columns; d += step, rows.data += step * kSize) {
       const int64_t left = args_.values.columns - d;
       const bool many = s_.value_columns - d >= kVectors * kWidth || (Math::kPack > 1 && left > kLeast * kWidth);
       const auto add = many ? add_columns<Math, Rows, kVectors> : add_columns<Math, Rows, kLeast>;
-      add(weights, rows, order, slots_, Math::kPack > 1 ? left : s_.value_columns - d, shrink, values + d,
+      add(weights, rows, slots_, Math::kPack > 1 ? left : s_.value_columns - d, shrink, values + d,
           s_.value_columns, ahead);
       step = (many ? kVectors : kLeast) * kWidth;
     }

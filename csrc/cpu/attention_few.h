@@ -6,19 +6,10 @@
 
 namespace specdec::SPECDEC_TIER {
 
-// Where the slots of a block stand in the scores: in order, or taking turns by the stream.
-struct SlotOrder {
-  int64_t mask, quarter, shift;
-
-  explicit SlotOrder(bool streams) : mask(streams ? kStreams - 1 : 0), quarter(kStreamSlots), shift(streams ? 2 : 0) {}
-  int64_t slot(int64_t i) const { return (i & mask) * quarter + (i >> shift); }
-};
-static_assert(kStreams == 4);
-
-// scores[r * kAttentionBlock + i] = key order.slot(i) . query r, for a number of keys that kWidth divides. `query` is
+// scores[r * kAttentionBlock + i] = key i . query r, for a number of keys that kWidth divides. `query` is
 // padded with zeros to whole registers, the keys are not.
 template <typename Math, int Rows>
-SPECDEC_INLINE void dot_rows(View keys, SlotOrder order, int64_t count, const char* query, int64_t query_stride,
+SPECDEC_INLINE void dot_rows(View keys, int64_t count, const char* query, int64_t query_stride,
                              int64_t dim, float* scores, Ahead& ahead) {
   constexpr int kKeys = kWidth / Rows > 0 ? kWidth / Rows : 1;
   constexpr int64_t kBytes = Math::kStep * static_cast<int64_t>(sizeof(typename Math::Element));
@@ -28,7 +19,7 @@ SPECDEC_INLINE void dot_rows(View keys, SlotOrder order, int64_t count, const ch
     for (Vec& sum : acc) sum = set1(0.0f);
     const char* key[kKeys];
 #pragma GCC unroll 16
-    for (int j = 0; j < kKeys; ++j) key[j] = keys.data + order.slot(i + j) * keys.stride;
+    for (int j = 0; j < kKeys; ++j) key[j] = keys.data + (i + j) * keys.stride;
     int64_t d = 0;
     const auto add_products = [&](auto load_key) __attribute__((always_inline)) {
       decltype(Math::words(query)) x[Rows];
@@ -37,11 +28,10 @@ SPECDEC_INLINE void dot_rows(View keys, SlotOrder order, int64_t count, const ch
 #pragma GCC unroll 16
       for (int j = 0; j < kKeys; ++j) {
         const auto k = load_key(key[j] + d);
+        if (ahead) ahead.fetch();
 #pragma GCC unroll 4
         for (int r = 0; r < Rows; ++r) acc[r * kKeys + j] = Math::step(k, x[r], acc[r * kKeys + j]);
       }
-      if (ahead && (kKeys >= kStreams || i % kStreams == 0))
-        for (int j = 0; j < kKeys; j += kStreams) ahead.fetch();
     };
     for (int64_t n = dim / Math::kStep; n > 0; --n, d += kBytes)
       add_products([](const char* p) { return Math::words(p); });
@@ -83,21 +73,22 @@ struct SlotColumns<Bf16Math> {
 };
 #endif
 
-// values[r, d] = values[r, d] * shrink[r] + sum over i of weight (r, i) * row (order.slot(i), d), for Vectors vectors of
+// values[r, d] = values[r, d] * shrink[r] + sum over i of weight (r, i) * row (i, d), for Vectors vectors of
 // columns from `rows` on, of which `columns` are there; those of `values` are padded to 16.
 template <typename Math, int Rows, int Vectors>
-SPECDEC_INLINE void add_columns(const typename Math::Element* weights, View rows, SlotOrder order, int64_t slots,
+SPECDEC_INLINE void add_columns(const typename Math::Element* weights, View rows, int64_t slots,
                                 int64_t columns, const float* shrink, float* values, int64_t value_columns,
                                 Ahead& ahead) {
+  constexpr int kLines = Vectors * kWidth > 16 ? Vectors * kWidth / 16 : 1;
   const SlotColumns<Math> block;
   Vec acc[Rows][Vectors];
   for (auto& row : acc)
     for (Vec& sum : row) sum = set1(0.0f);
   for (int64_t i = 0; i < slots; i += Math::kPack) {
-    // Their share: as much as is read of this one.
-    if (ahead) ahead.fetch();
+    // As much as is read of this block.
+    for (int j = 0; j < kLines && ahead; ++j) ahead.fetch();
     const char* at[Math::kPack];
-    for (int j = 0; j < Math::kPack; ++j) at[j] = rows.data + order.slot(i + j) * rows.stride;
+    for (int j = 0; j < Math::kPack; ++j) at[j] = rows.data + (i + j) * rows.stride;
     decltype(Math::words(at[0])) x[Vectors];
     block.template load_columns<Vectors>(at, columns, x);
 #pragma GCC unroll 4

@@ -61,9 +61,6 @@ struct View {
   int64_t stride;  // bytes from one slot to the next
 };
 
-// Memory serves four streams faster than one, so a block is fetched, and read by few rows, a quarter beside another.
-constexpr int64_t kStreams = 4, kStreamSlots = kAttentionBlock / kStreams;
-
 // Rows of the next block, which are fetched into the second level cache while this one is worked on, little by little:
 // the first level could not hold them, and whoever waits for memory and then computes is half as fast.
 class Ahead {
@@ -72,10 +69,8 @@ class Ahead {
   Ahead(View rows, int64_t bytes) : at_(rows.data), end_(rows.data + bytes), stride_(rows.stride), bytes_(bytes) {}
 
   explicit operator bool() const { return at_ != nullptr; }
-  // A line of each stream.
   void inline __attribute__((always_inline)) fetch() {
-    const char* p = at_;
-    for (int i = 0; i < kStreams; ++i, p += kStreamSlots * stride_) __builtin_prefetch(p, 0, 2);
+    __builtin_prefetch(at_, 0, 2);
     at_ += 64;
     if (at_ >= end_) {
       end_ += stride_;
@@ -96,7 +91,7 @@ template <int Rows>
 struct FetchAhead {
   Ahead ahead;
   void inline __attribute__((always_inline)) operator()(int64_t k) {
-    if ((k & (64 / Rows - 1)) == 0) ahead.fetch();
+    if ((k & (16 / Rows - 1)) == 0) ahead.fetch();
   }
 };
 
