@@ -138,8 +138,8 @@ def tree_attention(
     return (out, lse) if return_lse else out
 
 
-# Sizes of arguments that fitted, by what was looked at. The layers of a model bring the same shapes over and over, and to
-# look at a dozen tensors one by one takes longer than a short attention.
+# Sizes of arguments that fitted, by what was looked at. The layers of a model bring the same shapes over and over, and
+# to look at a dozen tensors one by one takes longer than a short attention.
 _FITTING: dict[tuple, dict[str, int]] = {}
 _MOST_FITTING = 4096
 

@@ -35,7 +35,7 @@ def check_tensor(name: str, value, sizes: dict[str, int], shape: str, dtypes, de
     if len(names) != len(got):
         raise ValueError(f"{name}: expected shape [{', '.join(names)}], got {list(got)}")
     # Every op pays for this on each of its tensors, so what is looked up is looked up once.
-    for axis, size in zip(names, got):  # noqa: B905
+    for axis, size in zip(names, got, strict=True):
         wanted = sizes.get(axis)
         if wanted is None:
             wanted = sizes[axis] = int(axis) if axis.isdigit() else size

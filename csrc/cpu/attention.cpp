@@ -190,12 +190,10 @@ class Job : JobRows<Math> {
                                               sets_ == 0 && r == 0 ? next_keys_ : none);
       });
     if (scale_.limit != 0.0f) cap_scores(scale_, s_.scores, rest_ * kAttentionBlock);
-    float shrink[kMostRest + 4] = {};
-    for (int64_t r = 0; r < rest_; ++r) {
-      const int64_t row = sets_ * kWidth + r;
-      soften_row<Math>(s_.scores + r * kAttentionBlock, slots_, scale_.factor, whole ? ~uint64_t{0} : s_.seen[row],
-                       s_.most + row, s_.sum + row, shrink + r, weights + r * kAttentionBlock);
-    }
+    float shrink[kWidth];
+    const int64_t first = sets_ * kWidth;
+    soften_rows<Math>(rest_, s_.scores, slots_, scale_.factor, whole ? nullptr : s_.seen + first, s_.most + first,
+                      s_.sum + first, shrink, weights);
     for (int64_t r = 0; r < rest_; r += 4)
       with_rows(rest_ - r, [&](auto rows) {
         add_rows<decltype(rows)::kRows>(weights + r * kAttentionBlock, shrink + r,
@@ -213,8 +211,8 @@ class Job : JobRows<Math> {
       const int64_t left = args_.values.columns - d;
       const bool many = s_.value_columns - d >= kVectors * kWidth || (Math::kPack > 1 && left > kLeast * kWidth);
       const auto add = many ? add_columns<Math, Rows, kVectors> : add_columns<Math, Rows, kLeast>;
-      add(weights, rows, slots_, Math::kPack > 1 ? left : s_.value_columns - d, shrink, values + d,
-          s_.value_columns, ahead);
+      add(weights, rows, slots_, Math::kPack > 1 ? left : s_.value_columns - d, shrink, values + d, s_.value_columns,
+          ahead);
       step = (many ? kVectors : kLeast) * kWidth;
     }
   }

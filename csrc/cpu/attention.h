@@ -66,8 +66,8 @@ struct AttentionJob {
   AttentionRows at;
   int64_t source;  // row of the dense cache or of the block table
   int64_t first_slot, last_slot;
-  bool shared;     // these are slots that several requests share
-  float* partial;  // of each row: weighted values, then (most, sum): scores are relative to 2^most
+  bool shared;                    // these are slots that several requests share
+  float* partial;                 // of each row: weighted values, then (most, sum): scores are relative to 2^most
   const AttentionJob* following;  // what this thread does next, or null: its first slots are fetched in good time
 };
 

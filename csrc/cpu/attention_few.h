@@ -1,5 +1,5 @@
-// Products of attention for a few rows, which would leave most lanes of a set empty: slots and columns are in the lanes.
-// For tier files only.
+// Products of attention for a few rows, which would leave most lanes of a set empty: slots and columns are in the
+// lanes. For tier files only.
 #pragma once
 
 #include "attention_stage.h"
@@ -9,8 +9,8 @@ namespace specdec::SPECDEC_TIER {
 // scores[r * kAttentionBlock + i] = key i . query r, for a number of keys that kWidth divides. `query` is
 // padded with zeros to whole registers, the keys are not.
 template <typename Math, int Rows>
-SPECDEC_INLINE void dot_rows(View keys, int64_t count, const char* query, int64_t query_stride,
-                             int64_t dim, float* scores, Ahead& ahead) {
+SPECDEC_INLINE void dot_rows(View keys, int64_t count, const char* query, int64_t query_stride, int64_t dim,
+                             float* scores, Ahead& ahead) {
   constexpr int kKeys = kWidth / Rows > 0 ? kWidth / Rows : 1;
   constexpr int64_t kBytes = Math::kStep * static_cast<int64_t>(sizeof(typename Math::Element));
   const int rest = static_cast<int>(dim % Math::kStep);
@@ -59,8 +59,7 @@ struct SlotColumns<Bf16Math> {
   const PairOrder order;
 
   template <int Vectors>
-  inline __attribute__((always_inline)) void load_columns(const char* const* rows, int64_t columns,
-                                                          __m512bh* x) const {
+  inline __attribute__((always_inline)) void load_columns(const char* const* rows, int64_t columns, __m512bh* x) const {
 #pragma GCC unroll 2
     for (int v = 0; v < Vectors; v += 2) {
       const __mmask32 some = some_columns(columns - 16 * v);
@@ -76,9 +75,8 @@ struct SlotColumns<Bf16Math> {
 // values[r, d] = values[r, d] * shrink[r] + sum over i of weight (r, i) * row (i, d), for Vectors vectors of
 // columns from `rows` on, of which `columns` are there; those of `values` are padded to 16.
 template <typename Math, int Rows, int Vectors>
-SPECDEC_INLINE void add_columns(const typename Math::Element* weights, View rows, int64_t slots,
-                                int64_t columns, const float* shrink, float* values, int64_t value_columns,
-                                Ahead& ahead) {
+SPECDEC_INLINE void add_columns(const typename Math::Element* weights, View rows, int64_t slots, int64_t columns,
+                                const float* shrink, float* values, int64_t value_columns, Ahead& ahead) {
   constexpr int kLines = Vectors * kWidth > 16 ? Vectors * kWidth / 16 : 1;
   const SlotColumns<Math> block;
   Vec acc[Rows][Vectors];

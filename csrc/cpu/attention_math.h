@@ -160,8 +160,8 @@ SPECDEC_INLINE void multiply_tile(Words a, Words b, int64_t steps, float* sums, 
 constexpr int kTileSums = kWidth == 16 ? 16 : 8;
 // Not inlined: among what else a job keeps in registers, the addresses of the inner loop would have to leave them.
 template <typename Math, int Vectors, typename Join, typename Fetch>
-__attribute__((noinline)) void multiply(Words a, Words b, int64_t rows, int64_t steps, float* sums, int64_t row, int64_t vector,
-                             Join join, Fetch fetch) {
+__attribute__((noinline)) void multiply(Words a, Words b, int64_t rows, int64_t steps, float* sums, int64_t row,
+                                        int64_t vector, Join join, Fetch fetch) {
   constexpr int kRows = kTileSums / Vectors;
   for (int64_t i = 0; i < rows; i += kRows)
     multiply_tile<Math, kRows, Vectors>({a.data + i * a.row, a.row, a.step}, b, steps, sums + i * row, row, vector,

@@ -99,33 +99,49 @@ SPECDEC_INLINE void soften_lanes(float* scores, int64_t slots, float factor, con
   store(sum, fma(load(sum), shrunk, add(add(sums[0], sums[1]), add(sums[2], sums[3]))));
 }
 
-// One row, its slots side by side; `seen` holds the visible ones.
+// A few rows, not more than a vector's lanes, the slots of each side by side, kAttentionBlock apart. `seen` holds the
+// visible ones of each row; null: all are.
 template <typename Math>
-SPECDEC_INLINE void soften_row(float* scores, int64_t slots, float factor, uint64_t seen, float* most, float* sum,
-                               float* shrink, typename Math::Element* weights) {
-  Vec top = set1(-kInf);
-  for (int64_t i = 0; i < slots; i += kWidth) {
-    const Vec x = select(mask_of(static_cast<uint32_t>(seen >> i)), load(scores + i), set1(-kInf));
-    store(scores + i, x);
-    top = max(x, top);
-  }
-  const Vec highest = set1(reduce_max(top) * factor), before = set1(*most);
-  const Vec m = max(reference_of<Math>(highest), before), reference = sub(set1(0.0f), m);
-  Vec total = set1(0.0f);
-  for (int64_t i = 0; i < slots; i += kWidth) {
-    Vec p = fma(load(scores + i), set1(factor), reference);
-    if constexpr (Math::kPack == 1) {
-      p = exp2(p);
-      store(weights + i, p);
-    } else {
-      p = select(mask_of(static_cast<uint32_t>(seen >> i)), exp2_for_halves(p), set1(0.0f));
-      store(weights + i, p, kWidth);
+SPECDEC_INLINE void soften_rows(int64_t rows, float* scores, int64_t slots, float factor, const uint64_t* seen,
+                                float* most, float* sum, float* shrink, typename Math::Element* weights) {
+  float lanes[kWidth] = {};
+  for (int64_t r = 0; r < rows; ++r) {
+    Vec top = set1(-kInf);
+    for (int64_t i = 0; i < slots; i += kWidth) {
+      float* at = scores + r * kAttentionBlock + i;
+      Vec x = load(at);
+      if (seen != nullptr) {
+        x = select(mask_of(static_cast<uint32_t>(seen[r] >> i)), x, set1(-kInf));
+        store(at, x);
+      }
+      top = max(x, top);
     }
-    total = add(total, p);
+    lanes[r] = reduce_max(top);
   }
-  store(most, m, 1);
-  store(shrink, exp2(sub(before, m)), 1);
-  *sum = *sum * *shrink + reduce_add(total);
+  const Vec highest = mul(load(lanes), set1(factor)), before = load(most);
+  const Vec m = max(reference_of<Math>(highest), before), shrunk = exp2(sub(before, m));
+  store(most, m, static_cast<int>(rows));
+  store(shrink, shrunk);
+  store(lanes, m);
+  for (int64_t r = 0; r < rows; ++r) {
+    const Vec reference = set1(-lanes[r]);
+    Vec total = set1(0.0f);
+    for (int64_t i = 0; i < slots; i += kWidth) {
+      Vec p = fma(load(scores + r * kAttentionBlock + i), set1(factor), reference);
+      auto* to = weights + r * kAttentionBlock + i;
+      if constexpr (Math::kPack == 1) {
+        p = exp2(p);
+        store(to, p);
+      } else {
+        p = exp2_for_halves(p);
+        if (seen != nullptr) p = select(mask_of(static_cast<uint32_t>(seen[r] >> i)), p, set1(0.0f));
+        store(to, p, kWidth);
+      }
+      total = add(total, p);
+    }
+    lanes[r] = reduce_add(total);
+  }
+  store(sum, add(mul(load(sum), shrunk), load(lanes)), static_cast<int>(rows));
 }
 
 }  // namespace specdec::SPECDEC_TIER

@@ -145,7 +145,9 @@ struct PairOrder {
   }
 };
 
-SPECDEC_INLINE __mmask32 some_columns(int64_t n) { return n >= 32 ? ~__mmask32{0} : n > 0 ? (__mmask32{1} << n) - 1 : 0; }
+SPECDEC_INLINE __mmask32 some_columns(int64_t n) {
+  return n >= 32 ? ~__mmask32{0} : n > 0 ? (__mmask32{1} << n) - 1 : 0;
+}
 
 // [slot / 2][padded], in pairs.
 SPECDEC_INLINE void pack_pairs(View rows, int64_t slots, int64_t columns, char* to, int64_t padded) {
