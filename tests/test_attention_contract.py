@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from attention_cases import NAN, Case
-from specdec_kernels import tree_attention, trees
+from specdec_kernels import attention, tree_attention, trees
+from specdec_kernels.types import TreeLayout
 
 
 def test_op_contract():
@@ -65,8 +67,46 @@ def ints(*shape):
 )
 def test_bad_arguments_are_named(change, error, message):
     case = Case([[-1, 0, 0], [-1, 0]], [6, 2])
+    case.run()  # that these arguments fitted must not help the next ones
     with pytest.raises(error, match=message):
         case.run(**change)
+
+
+def test_what_looks_like_arguments_that_fitted_is_checked():
+    case = Case([[-1, 0], [-1, 0]], [6, 2])
+    layout = trees.tree_layout(case.tree)
+    case.run(layout=layout)
+    chain = Case([[-1], [-1]], [6, 2])
+    chain.run()
+    with pytest.raises(TypeError, match=r"tree\.max_nodes: expected an int, got bool"):
+        chain.run(tree=chain.tree._replace(max_nodes=True))
+    with pytest.raises(TypeError, match="layout: expected a TreeLayout, got tuple"):
+        case.run(layout=tuple(layout))
+    with pytest.raises(TypeError, match="query: expected a tensor, got ndarray"):
+        case.run(query=case.query.numpy())
+    with pytest.raises(TypeError, match="prefix_lens: expected a tensor, got list"):
+        case.run(prefix_lens=[6, 2])
+
+
+def test_what_fitted_takes_bounded_memory(monkeypatch):
+    monkeypatch.setattr(attention, "_MOST_FITTING", 2)
+    monkeypatch.setattr(attention, "_FITTING", fitting := {})
+    for prefix in range(1, 6):
+        Case([[-1, 0]], [prefix]).run()
+        assert 1 <= len(fitting) <= 2
+
+
+def test_symbolic_shapes_are_traced():
+    case = Case([[-1, 0, 0], [-1, 0]], [6, 2])
+    layout = trees.tree_layout(case.tree)
+
+    def attend(query, keys, values, prefix_lens, parents, cu_nodes, *layout):
+        tree = case.tree._replace(parents=parents, cu_nodes=cu_nodes)
+        return tree_attention(query, keys, values, tree, prefix_lens, layout=TreeLayout(*layout))
+
+    given = (case.query, case.keys, case.values, case.prefix_lens, case.tree.parents, case.tree.cu_nodes, *layout)
+    traced = make_fx(attend, tracing_mode="symbolic")(*given)
+    assert traced(*given).equal(case.run())
 
 
 def test_bad_trees_and_block_tables_are_named():
