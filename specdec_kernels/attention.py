@@ -168,8 +168,9 @@ def _looks(query, key_cache, value_cache, tree, prefix_lens, block_table, mask_b
     if shared is not None:
         tensors += None, shared.groups, shared.lens
     bounds = tree.max_nodes, tree.max_depth
-    # A bool equals an int, and is no bound.
-    return (*[t if t is None else (t.shape, t.dtype, t.device) for t in tensors], *bounds, *map(type, bounds))
+    # Types too: a bool equals an int, and other things than tensors have shapes.
+    types = map(type, (tree, layout, shared, *bounds, *tensors))
+    return (*[t if t is None else (t.shape, t.dtype, t.device) for t in tensors], *bounds, *types)
 
 
 def _check(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -82,6 +84,11 @@ def test_what_looks_like_arguments_that_fitted_is_checked():
         chain.run(tree=chain.tree._replace(max_nodes=True))
     with pytest.raises(TypeError, match="layout: expected a TreeLayout, got tuple"):
         case.run(layout=tuple(layout))
+    with pytest.raises(TypeError, match="layout: expected a TreeLayout, got SimpleNamespace"):
+        case.run(layout=SimpleNamespace(**layout._asdict()))
+    with pytest.raises(TypeError, match="tree: expected a DraftTree, got SimpleNamespace"):
+        tree = SimpleNamespace(**case.tree._asdict())
+        tree_attention(case.query, case.keys, case.values, tree, case.prefix_lens, layout=layout)
     with pytest.raises(TypeError, match="query: expected a tensor, got ndarray"):
         case.run(query=case.query.numpy())
     with pytest.raises(TypeError, match="prefix_lens: expected a tensor, got list"):

@@ -264,6 +264,16 @@ def test_scores_of_any_size(dtype):
         torch.testing.assert_close(lse, want_lse, atol=1e-4, rtol=1e-6)
 
 
+@pytest.mark.parametrize("nodes", [1, 3, 16, 17])
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_scores_that_are_all_infinitely_low_sum_to_nothing(dtype, nodes):
+    case = Case([[-1] + [0] * (nodes - 1)], [128 - nodes], 1, 1, 32, 32, dtype, spare=0)
+    case.query.fill_(1)
+    case.keys.fill_(-math.inf)
+    _, lse = case.run(backend="cpu", return_lse=True)
+    assert (lse == -math.inf).all()
+
+
 def test_numbers_that_do_not_fit_stay_in_bounds():
     """What the public function checks under SPECDEC_DEBUG only: the op clamps as the reference does."""
     case = Case([[-1, 0, 0], [-1, 0]], [6, 2])

@@ -107,12 +107,13 @@ class Job : JobRows<Math> {
     return values_;
   }
 
-  // The whole block behind the one at `start`, which may be the first of the thread's next job.
+  // What is fetched during the block at `start`, if it is a whole one: the next whole one of this job, or else the
+  // first of what the thread does next.
   void find_next(int64_t start) {
     next_keys_ = next_values_ = {};
-    if (!lies_ready<Element>(args_, args_.keys)) return;
     const AttentionJob* job = &job_;
     start += kAttentionBlock;
+    if (start > job->last_slot || !lies_ready<Element>(args_, args_.keys)) return;
     if (start + kAttentionBlock > job->last_slot && job->following != nullptr) {
       job = job->following;
       start = round_up(job->first_slot, kAttentionBlock);
@@ -167,8 +168,8 @@ class Job : JobRows<Math> {
       soften_lanes<Math>(s_.scores + i * kScores, slots_, scale_.factor, whole ? nullptr : low, high, s_.most + row,
                          s_.sum + row, shrink + i * kWidth, weights + i * kWeights);
     }
-    const View packed = set_values();
-    const Words by = {weights, kWeights, kWidth * 4}, columns = {packed.data, 4, packed.stride};
+    const View rows_of_values = set_values();
+    const Words by = {weights, kWeights, kWidth * 4}, columns = {rows_of_values.data, 4, rows_of_values.stride};
     const int64_t steps = slots_ / Math::kPack;
     if (fetches)
       multiply<Math, Sets>(columns, by, s_.value_columns, steps, values, kWidth, kWidth * s_.value_columns,

@@ -28,7 +28,7 @@ SPECDEC_INLINE void dot_rows(View keys, int64_t count, const char* query, int64_
 #pragma GCC unroll 16
       for (int j = 0; j < kKeys; ++j) {
         const auto k = load_key(key[j] + d);
-        if (ahead) ahead.fetch();
+        if (ahead && d % 64 == 0) ahead.fetch();
 #pragma GCC unroll 4
         for (int r = 0; r < Rows; ++r) acc[r * kKeys + j] = Math::step(k, x[r], acc[r * kKeys + j]);
       }
@@ -73,7 +73,8 @@ struct SlotColumns<Bf16Math> {
 #endif
 
 // values[r, d] = values[r, d] * shrink[r] + sum over i of weight (r, i) * row (i, d), for Vectors vectors of
-// columns from `rows` on, of which `columns` are there; those of `values` are padded to 16.
+// columns from `rows` on, of which there are `columns`: any number in bf16, else whole vectors. Rows of `values` are
+// padded to 16.
 template <typename Math, int Rows, int Vectors>
 SPECDEC_INLINE void add_columns(const typename Math::Element* weights, View rows, int64_t slots, int64_t columns,
                                 const float* shrink, float* values, int64_t value_columns, Ahead& ahead) {

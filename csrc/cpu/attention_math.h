@@ -83,7 +83,8 @@ class Ahead {
   int64_t stride_ = 0, bytes_ = 0;
 };
 
-// What is fetched in step k of a tile of `Rows` rows, so that all of a block is when all tiles have been.
+// What is fetched in step k of a tile of `Rows` rows: of rows that are whole lines all of a block, once all tiles have
+// been.
 struct FetchNothing {
   void inline __attribute__((always_inline)) operator()(int64_t) {}
 };

@@ -29,7 +29,9 @@ void merge_row(const AttentionArgs& args, const AttentionMerge& merge, int64_t r
     float factor[kWidth];
     store(factor, exp2(set1(part[padded] - most)));
     part[padded + 2] = factor[0];
-    total += static_cast<double>(part[padded + 1]) * factor[0];
+    // Of scores that are all -inf, weights that become bf16 leave a trace.
+    const double sum = static_cast<double>(part[padded + 1]) * factor[0];
+    if (!nothing || sum != sum) total += sum;
   });
   if (args.lse != nullptr)
     args.lse[at] =

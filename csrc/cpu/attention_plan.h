@@ -212,20 +212,23 @@ class AttentionPlan {
     return merges;
   }
 
-  // Threads take the next one when they are done with the last: cores differ, and some are disturbed. They take it one
-  // ahead, so that it can be fetched: work(i, following, thread).
+  // work(i, following, thread) for all i < count. Cores differ, and some are disturbed, so threads take what is next
+  // when they are done; one ahead where there is enough for all, so that what follows can be fetched. Else it is
+  // `count`.
   template <class F>
   void for_each(size_t count, const F& work) const {
     std::atomic<size_t> next{0};
-    torch::stable::parallel_for(0, std::min(threads_, static_cast<int64_t>(count)), 1,
-                                [&](int64_t first, int64_t last) {
-                                  for (int64_t thread = first; thread < last; ++thread) {
-                                    for (size_t i = next.fetch_add(1), following; i < count; i = following) {
-                                      following = next.fetch_add(1);
-                                      work(i, following, thread);
-                                    }
-                                  }
-                                });
+    const size_t threads = std::min(static_cast<size_t>(threads_), count);
+    torch::stable::parallel_for(0, static_cast<int64_t>(threads), 1, [&](int64_t first, int64_t last) {
+      for (int64_t thread = first; thread < last; ++thread) {
+        for (size_t i = next.fetch_add(1), following; i < count; i = following) {
+          const bool ahead = i + threads < count;
+          following = ahead ? next.fetch_add(1) : count;
+          work(i, following, thread);
+          if (!ahead) following = next.fetch_add(1);
+        }
+      }
+    });
   }
 
   const AttentionArgs& args_;
