@@ -75,7 +75,7 @@ def best_of(problem: Problem) -> dict:
 def test_trees(benchmark, dtype, prefix, nodes):
     problem = Problem(dtype, nodes, prefix)
     flops = 4 * Q_HEADS * nodes * problem.cache.shape[-2] * SIZE
-    compare(benchmark, problem.ours, best_of(problem), rounds=max(10, min(200, 2**31 // flops)))
+    compare(benchmark, problem.ours, best_of(problem), rounds=max(10, min(300, 2**35 // flops)))
     if benchmark.stats is not None:
         benchmark.extra_info["gflop_per_s"] = flops / benchmark.stats.stats.min / 1e9
 
@@ -100,7 +100,7 @@ def test_plain_decoding(benchmark, dtype, prefix):
         for keys, values in caches:
             F.scaled_dot_product_attention(query, keys, values)
 
-    compare(benchmark, ours, {"sdpa_folded": sdpa}, memory=layers, bytes_read=layers.nbytes)
+    compare(benchmark, ours, {"sdpa_folded": sdpa}, memory=layers, bytes_read=layers.nbytes, rounds=40)
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
