@@ -13,21 +13,13 @@ import torch
 
 from attention_cases import NAN, Case, bits_of, naive
 from specdec_kernels import SharedPrefix, TreeLayout
-from verify_backends import INTERPRETED
+from verify_backends import TRITON_DEVICES
 
 pytest.importorskip("triton", reason="triton is not installed")
 
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 1.6e-2, torch.float16: 2e-3}
 
-_not_here = pytest.mark.skipif(not INTERPRETED, reason="runs inside test_under_the_interpreter")
-_no_gpu = pytest.mark.skipif(INTERPRETED or not torch.cuda.is_available(), reason="no CUDA device on this machine")
-each_device = pytest.mark.parametrize(
-    "device",
-    [
-        pytest.param("cpu", id="interpreter", marks=_not_here),
-        pytest.param("cuda", marks=[pytest.mark.gpu, _no_gpu]),
-    ],
-)
+each_device = pytest.mark.parametrize("device", TRITON_DEVICES)
 
 
 def there(value, device):

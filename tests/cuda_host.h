@@ -11,9 +11,24 @@
 #include <bit>
 #include <cmath>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
+#include <memory>
 
 namespace cuda_host {
+
+struct Free {
+  void operator()(void* memory) const { std::free(memory); }
+};
+using Memory = std::unique_ptr<char, Free>;
+
+// As a device allocates it; a byte behind its end is nobody's. Until somebody writes it, every byte is `poison`.
+inline Memory allocate(int64_t bytes, int poison) {
+  void* memory = nullptr;
+  if (posix_memalign(&memory, 64, static_cast<size_t>(bytes > 0 ? bytes : 1)) != 0) std::abort();
+  std::memset(memory, poison, static_cast<size_t>(bytes));
+  return Memory(static_cast<char*>(memory));
+}
 
 struct Index {
   unsigned x;

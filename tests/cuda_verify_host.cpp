@@ -2,7 +2,6 @@
 // (-DSPECDEC_PROGRAM): calls it on the arguments in a file and prints the outputs.
 #include <cstdio>
 #include <cstdlib>
-#include <memory>
 #include <vector>
 
 #include "cuda_host.h"
@@ -18,18 +17,8 @@ namespace {
 // Memory that was neither zeroed nor written holds this.
 constexpr int kPoison = 0xCB;
 
-struct Free {
-  void operator()(void* memory) const { std::free(memory); }
-};
-using Memory = std::unique_ptr<char, Free>;
-
-// As a device allocates it; a byte behind its end is nobody's.
-Memory allocate(int64_t bytes) {
-  void* memory = nullptr;
-  if (posix_memalign(&memory, 64, static_cast<size_t>(bytes > 0 ? bytes : 1)) != 0) std::abort();
-  std::memset(memory, kPoison, static_cast<size_t>(bytes));
-  return Memory(static_cast<char*>(memory));
-}
+using cuda_host::Memory;
+Memory allocate(int64_t bytes) { return cuda_host::allocate(bytes, kPoison); }
 
 struct Call {
   const Launch& launch;

@@ -2,27 +2,10 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 
 import specdec_kernels as sk
 from head_cases import TOLERANCE, check_ranking
-from verify_backends import INTERPRETED
-
-DEVICES = [
-    pytest.param(
-        "cpu",
-        id="interpreter",
-        marks=pytest.mark.skipif(not INTERPRETED, reason="runs inside test_under_the_interpreter"),
-    ),
-    pytest.param(
-        "cuda",
-        marks=[
-            pytest.mark.gpu,
-            pytest.mark.skipif(INTERPRETED or not torch.cuda.is_available(), reason="no CUDA device on this machine"),
-        ],
-    ),
-]
 
 
 def there(value, device):
@@ -71,4 +54,4 @@ def compare(got, want, exact=False) -> None:
     assert torch.equal(got.tokens, want.tokens), f"{got.tokens}\nexpected\n{want.tokens}"
 
 
-__all__ = ["DEVICES", "TOLERANCE", "call", "check", "check_ranking", "compare", "stream", "there"]
+__all__ = ["TOLERANCE", "call", "check", "check_ranking", "compare", "stream", "there"]

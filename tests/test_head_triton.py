@@ -13,8 +13,8 @@ import torch
 
 import specdec_kernels as sk
 from head_cases import inputs, whole
-from head_triton_support import DEVICES, call, check, stream, there
-from verify_backends import INTERPRETED, in_another_process
+from head_triton_support import call, check, stream, there
+from verify_backends import INTERPRETED, TRITON_DEVICES, in_another_process
 
 pytest.importorskip("triton", reason="triton is not installed")
 
@@ -22,7 +22,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 INF = float("inf")
 
 
-@pytest.fixture(params=DEVICES)
+@pytest.fixture(params=TRITON_DEVICES)
 def device(request) -> str:
     return request.param
 

@@ -15,10 +15,10 @@ import torch
 
 import specdec_kernels as sk
 from head_cases import inputs, whole
-from head_triton_support import DEVICES, stream, there
+from head_triton_support import stream, there
 from specdec_kernels import philox
 from test_head_law import VOCABULARY, check_pairs
-from verify_backends import INTERPRETED, in_another_process
+from verify_backends import INTERPRETED, TRITON_DEVICES, in_another_process
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
 tl = triton.language
@@ -27,7 +27,7 @@ gumbel = importlib.import_module("specdec_kernels.triton.head_noise").gumbel
 OPS = torch.ops.specdec_kernels
 
 
-@pytest.fixture(params=DEVICES)
+@pytest.fixture(params=TRITON_DEVICES)
 def device(request) -> str:
     return request.param
 

@@ -14,31 +14,14 @@ import torch
 import specdec_kernels as sk
 from specdec_kernels import Philox, SamplingParams, backends
 from triton_cases import Case, packed_bits
-from verify_backends import INTERPRETED, in_another_process
+from verify_backends import INTERPRETED, TRITON_DEVICES, in_another_process
 
 pytest.importorskip("triton", reason="triton is not installed")
 
 HALVES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-@pytest.fixture(
-    params=[
-        pytest.param(
-            "cpu",
-            id="interpreter",
-            marks=pytest.mark.skipif(not INTERPRETED, reason="runs inside test_under_the_interpreter"),
-        ),
-        pytest.param(
-            "cuda",
-            marks=[
-                pytest.mark.gpu,
-                pytest.mark.skipif(
-                    INTERPRETED or not torch.cuda.is_available(), reason="no CUDA device on this machine"
-                ),
-            ],
-        ),
-    ]
-)
+@pytest.fixture(params=TRITON_DEVICES)
 def device(request) -> str:
     return request.param
 

@@ -23,6 +23,22 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 ROOT = Path(__file__).resolve().parents[1]
 DEVICE = {"reference": "cpu", "cpu": "cpu", "triton": "cpu" if INTERPRETED else "cuda", "cuda": "cuda"}
 
+# Where the tests of a Triton kernel run.
+TRITON_DEVICES = [
+    pytest.param(
+        "cpu",
+        id="interpreter",
+        marks=pytest.mark.skipif(not INTERPRETED, reason="runs inside test_under_the_interpreter"),
+    ),
+    pytest.param(
+        "cuda",
+        marks=[
+            pytest.mark.gpu,
+            pytest.mark.skipif(INTERPRETED or not torch.cuda.is_available(), reason="no CUDA device on this machine"),
+        ],
+    ),
+]
+
 
 def every_backend(*names: str, **marks):
     """Parametrises `backend`; what this machine or this process lacks is skipped with the reason."""

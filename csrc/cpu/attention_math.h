@@ -100,12 +100,12 @@ struct FetchAhead {
 // to the softmax's new reference, with a factor for each lane.
 struct NewSums {
   static constexpr bool kIsLong = true;
-  Vec inline __attribute__((always_inline)) operator()(Vec sum, const float*, int64_t, int) const { return sum; }
+  Vec inline __attribute__((always_inline)) operator()(Vec sum, const float*, int) const { return sum; }
 };
 struct JoinLanes {
   static constexpr bool kIsLong = false;  // not longer than a block
   const float* shrink;
-  Vec inline __attribute__((always_inline)) operator()(Vec sum, const float* old, int64_t, int vector) const {
+  Vec inline __attribute__((always_inline)) operator()(Vec sum, const float* old, int vector) const {
     return fma(load(old), load(shrink + vector * kWidth), sum);
   }
 };
@@ -120,7 +120,8 @@ SPECDEC_INLINE void multiply_tile(Words a, Words b, int64_t steps, float* sums, 
                                   Fetch& fetch) {
   // Rows that lie apart by 1, 2 and 3 times a stride are addresses of one register, which is hidden from the compiler
   // each time it moves on: it would keep a pointer for every row, most of them out of registers.
-  constexpr int kBeside = Rows < 4 ? Rows : 4, kBases = Rows / kBeside;
+  constexpr int kBeside = 4, kBases = Rows / kBeside;
+  static_assert(Rows % kBeside == 0);
   int64_t from = 0;
   do {
     Vec acc[Rows][Vectors];
@@ -151,7 +152,7 @@ SPECDEC_INLINE void multiply_tile(Words a, Words b, int64_t steps, float* sums, 
 #pragma GCC unroll 4
       for (int v = 0; v < Vectors; ++v) {
         float* sum = sums + i * row + v * vector;
-        store(sum, from == 0 ? join(acc[i][v], sum, i, v) : add(acc[i][v], load(sum)));
+        store(sum, from == 0 ? join(acc[i][v], sum, v) : add(acc[i][v], load(sum)));
       }
     from = to;
   } while (Join::kIsLong && from < steps);
